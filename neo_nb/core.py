@@ -6,7 +6,7 @@
 __all__ = ['DEFAULTS', 'InputError', 'nearest', 'pick', 'atomic_write', 'raise_for_disk', 'workspace_root', 'settings',
            'derive_seed', 'seed_everything']
 
-# %% ../nbs/00_core.ipynb #4624edc7
+# %% ../nbs/00_core.ipynb #441aafaa
 import configparser
 import contextlib
 import difflib
@@ -17,8 +17,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import numpy as np
 
 # %% ../nbs/00_core.ipynb #e0b18b95
 class InputError(ValueError):
@@ -141,7 +139,7 @@ def settings(
         found[key] = str((base / Path(found[key]).expanduser()).resolve())
     return found
 
-# %% ../nbs/00_core.ipynb #b2930b08
+# %% ../nbs/00_core.ipynb #236027fa
 def derive_seed(
     seed: int,  # The run's seed
     *parts: int | str,  # What the stream is for: ("epoch", 3)
@@ -157,6 +155,7 @@ def seed_everything(
     seed: int,  # The run's seed, 0 ≤ seed < 2³²
 ) -> None:
     "Seed Python, numpy and torch (all devices)."
+    import numpy as np
     import torch
 
     random.seed(seed)
