@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['KNOWN', 'table_of', 'read_coco', 'coco_document', 'write_coco']
 
-# %% ../../nbs/data/10_coco.ipynb #1562b6f5
+# %% ../../nbs/data/10_coco.ipynb #3fab4c25
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,7 @@ def _annotation_fault(row: Any, image_row: dict, label: dict) -> tuple[str, str]
         return "box-not-finite", f"bbox has a value that is no finite number: {bbox!r:.60}"
     return "", ""
 
-# %% ../../nbs/data/10_coco.ipynb #7c2a63d7
+# %% ../../nbs/data/10_coco.ipynb #55adbdaf
 def _sieve(rows: list, fault: Any, source: str | Path, kind: str, problems: list[Problem] | None) -> list[dict]:
     "The sound rows of a list; the others are problems."
     sound = []
@@ -156,9 +155,7 @@ def _unique(rows: list[dict], source: str | Path, kind: str, problems: list[Prob
     return sound
 
 
-def _rows(
-    rows: list, image_row: dict, label: dict, source: str | Path, problems: list[Problem] | None
-) -> list[dict]:
+def _rows(rows: list, image_row: dict, label: dict, source: str | Path, problems: list[Problem] | None) -> list[dict]:
     "The sound annotations: all of them when one look at the whole finds nothing, else row by row."
     try:
         boxes = np.asarray([row["bbox"] for row in rows])
