@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fold', 'Screen', 'ThisPython', 'Watch', 'Client', 'pass_signals', 'Engine']
 
-# %% ../nbs/71_kernel.ipynb #d7ba6b7c
+# %% ../nbs/71_kernel.ipynb #bd65395f
 import contextlib
 import os
 import re
@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -30,13 +30,13 @@ def fold(
     "Each line as it stands after its carriage returns; a return at the very end waits for what follows."
     return re.sub(r"[^\r\n]*\r+(?![\r\n]|\Z)", "", text)
 
-# %% ../nbs/71_kernel.ipynb #c9fa9efc
+# %% ../nbs/71_kernel.ipynb #006edd25
 class Screen:
     "Where a run's output is shown: as it comes in a terminal, line by line in a log."
 
     def __init__(
         self,
-        stream: TextIO | None,  # None shows nothing
+        stream: Any,  # A text stream; None shows nothing
         every: float = 15.0,  # Seconds after which a log is told of an unfinished line
     ):
         self.stream, self.every, self.rest, self.told = stream, every, "", time.monotonic()
