@@ -42,7 +42,7 @@ def image_size(
         raise InputError(f"not an image that can be read ({str(error)[:80]})", path) from error
     return (width, height) if turned else (height, width)
 
-# %% ../../nbs/data/11_yolo.ipynb #d626ad81
+# %% ../../nbs/data/11_yolo.ipynb #a723cd64
 def read_data_yaml(
     path: str | Path,  # `data.yaml`
 ) -> tuple[list[str], dict[str, list[Path]], Path]:  # Class names; split → its folders or lists; the root
@@ -76,12 +76,12 @@ def read_data_yaml(
 def _images_of(places: list[Path], where: Path, problems: list[Problem] | None) -> list[Path]:
     "The image files of a split, sorted within a folder; a list keeps its order."
     found: list[Path] = []
-    for place in places:
-        if place.suffix == ".txt" and place.is_file():
-            lines = [line.strip() for line in (read_text(place, problems) or "").splitlines()]
-            found += [place.parent / line for line in lines if line]
-        elif image_folder(place, where, problems).is_dir():
-            found += sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES)
+    for given in places:
+        if given.suffix == ".txt" and given.is_file():
+            lines = [line.strip() for line in (read_text(given, problems) or "").splitlines()]
+            found += [given.parent / line for line in lines if line]
+        elif image_folder(given, where, problems).is_dir():
+            found += sorted(p for p in given.rglob("*") if p.suffix.lower() in SUFFIXES)
     return found
 
 # %% ../../nbs/data/11_yolo.ipynb #45d25222
