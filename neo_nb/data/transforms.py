@@ -6,7 +6,7 @@
 __all__ = ['POLICIES', 'resize', 'stack', 'prepare', 'size_for', 'Policy', 'get_policy', 'move_boxes', 'in_view', 'render',
            'Sample', 'look', 'flips', 'view', 'make_transform']
 
-# %% ../../nbs/data/18_transforms.ipynb #d91dbae6
+# %% ../../nbs/data/18_transforms.ipynb #02841146
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,20 +18,20 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from ..annotations import Annotations
-from ..boxes import box_area, clip_boxes
-from ..core import InputError, derive_seed, pick
+from ..boxes import box_area
+from ..core import InputError, pick
 from .batch import Batch, check_size, fit, pad_to
 
-# %% ../../nbs/data/18_transforms.ipynb #a50092ec
+# %% ../../nbs/data/18_transforms.ipynb #cfe85d50
 def resize(
     image: UInt8[np.ndarray, "h0 w0 3"],
     size: tuple[int, int],  # (height, width) wanted
 ) -> UInt8[np.ndarray, "h1 w1 3"]:
-    "Scale an image: by averaging when it shrinks, by interpolation when it grows."
+    "Scale an image: by averaging when it shrinks to less than half, else by interpolation."
     if image.shape[:2] == tuple(size):
         return image
-    shrinks = size[0] < image.shape[0] or size[1] < image.shape[1]
-    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    far = 2 * size[0] < image.shape[0] or 2 * size[1] < image.shape[1]
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if far else cv2.INTER_LINEAR)
 
 
 def stack(
@@ -75,7 +75,7 @@ def size_for(
     shorter = max(1, round(max_side / max(aspect, 1 / aspect)))
     return (shorter, max_side) if aspect >= 1 else (max_side, shorter)
 
-# %% ../../nbs/data/18_transforms.ipynb #3b241102
+# %% ../../nbs/data/18_transforms.ipynb #43998ce5
 @dataclass(frozen=True)
 class Policy:
     "How far an image may be changed; a probability of 0 switches a part off."
@@ -101,7 +101,7 @@ class Policy:
     visibility: float = 0.3  # An object goes when less than this part of it stays in view
     side: float = 1.0  # … or when a side is shorter than this, in pixels of the network input
 
-
+# %% ../../nbs/data/18_transforms.ipynb #b063df47
 _MILD = dict(hflip=0.5, affine=0.4, colour=0.5)
 _DISTORT = dict(colour=0.5, brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05)
 POLICIES = {
@@ -154,7 +154,7 @@ def _zoom_out(policy: Policy, rng: np.random.Generator, size: tuple[int, int]) -
     x, y = rng.uniform(0, 1 - scale, 2) * [size[1], size[0]]
     return _shifted(x, y) @ _scaled(scale, scale)
 
-# %% ../../nbs/data/18_transforms.ipynb #efdf577b
+# %% ../../nbs/data/18_transforms.ipynb #aa0c7eb3
 def _crop(
     policy: Policy,
     rng: np.random.Generator,
@@ -209,7 +209,7 @@ def in_view(
     enough = box_area(cut) >= policy.visibility * box_area(boxes) * (1 - 1e-6)
     return cut, long_enough & (enough | iscrowd)
 
-# %% ../../nbs/data/18_transforms.ipynb #c10e7dbd
+# %% ../../nbs/data/18_transforms.ipynb #6d041504
 def _covers(matrix: np.ndarray, image: np.ndarray, size: tuple[int, int]) -> bool:
     "Whether the matrix only scales and mirrors: the image exactly fills the view."
     h, w = image.shape[:2]
@@ -232,11 +232,13 @@ def render(
         codes = {(True, False): 1, (False, True): 0, (True, True): -1}
         return cv2.flip(image, codes[mirrored]) if any(mirrored) else image
     h, w = image.shape[:2]
-    sx, sy = np.minimum(np.hypot(matrix[0, :2], matrix[1, :2]), 1)
-    small = recolour(resize(image, (max(1, round(h * sy)), max(1, round(w * sx)))))
-    matrix = matrix @ _scaled(w / small.shape[1], h / small.shape[0])
+    sx, sy = np.hypot(matrix[0, :2], matrix[1, :2])
+    if min(sx, sy) < 0.5:
+        image = resize(image, (max(1, round(h * min(sy, 1))), max(1, round(w * min(sx, 1)))))
+        matrix = matrix @ _scaled(w / image.shape[1], h / image.shape[0])
     centred = _shifted(-0.5, -0.5) @ matrix @ _shifted(0.5, 0.5)  # OpenCV's pixels are points
-    return cv2.warpAffine(small, centred[:2], size[::-1], flags=cv2.INTER_LINEAR)
+    four = cv2.cvtColor(recolour(image), cv2.COLOR_RGB2RGBA)
+    return cv2.cvtColor(cv2.warpAffine(four, centred[:2], size[::-1]), cv2.COLOR_RGBA2RGB)
 
 # %% ../../nbs/data/18_transforms.ipynb #ec2da97f
 _GREY = np.array([0.299, 0.587, 0.114])
@@ -318,7 +320,7 @@ def look(
     image = render(sample.image, matrix, size, recolour)
     return Sample(image, cut[stays], sample.labels[stays], sample.iscrowd[stays], sample.dropped + lost)
 
-# %% ../../nbs/data/18_transforms.ipynb #92b3fd4c
+# %% ../../nbs/data/18_transforms.ipynb #0abbc766
 def flips(
     policy: Policy,
     rng: np.random.Generator,
@@ -346,7 +348,7 @@ def view(
         matrix = _affine(policy, rng, size) @ matrix
     return flips(policy, rng, size) @ matrix
 
-
+# %% ../../nbs/data/18_transforms.ipynb #33158a97
 def make_transform(
     policy: str | Policy,  # A name in `POLICIES`, or a policy of your own
     size: tuple[int, int],  # (height, width) of the network's content area
