@@ -6,7 +6,7 @@
 __all__ = ['POLICIES', 'resize', 'stack', 'prepare', 'size_for', 'Policy', 'get_policy', 'move_boxes', 'in_view', 'render',
            'Sample', 'look', 'flips', 'view', 'make_transform']
 
-# %% ../../nbs/data/18_transforms.ipynb #02841146
+# %% ../../nbs/data/18_transforms.ipynb #44691531
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from ..annotations import Annotations
-from ..boxes import box_area
+from ..boxes import box_area, clip_boxes
 from ..core import InputError, pick
 from .batch import Batch, check_size, fit, pad_to
 
@@ -182,7 +182,7 @@ def _crop(
     first = int(good.argmax())
     return _scaled(1 / side[first], 1 / side[first]) @ _shifted(-x[first], -y[first])
 
-# %% ../../nbs/data/18_transforms.ipynb #954a3b72
+# %% ../../nbs/data/18_transforms.ipynb #c12eaef1
 def move_boxes(
     boxes: Float[np.ndarray, "n 4"],  # xyxy in pixels of the image
     matrix: Float[np.ndarray, "3 3"],  # Image to view
@@ -199,12 +199,11 @@ def move_boxes(
 def in_view(
     boxes: Float[np.ndarray, "n 4"],  # xyxy, not yet cut
     iscrowd: Bool[np.ndarray, "n"],
-    view: tuple[float, float, float, float],  # x1, y1, x2, y2 of the part of the picture that shows this image
+    size: tuple[int, int],  # (height, width) of the view
     policy: Policy,
 ) -> tuple[Float[np.ndarray, "n 4"], Bool[np.ndarray, "n"]]:  # Boxes cut to the view; which of them stay
     "The visibility rule: enough of an object must stay; of an ignore region, anything."
-    x1, y1, x2, y2 = view
-    cut = np.clip(boxes, np.float32([x1, y1, x1, y1]), np.float32([x2, y2, x2, y2]))
+    cut = clip_boxes(boxes, size)
     long_enough = (cut[:, 2:] - cut[:, :2] >= policy.side).all(1)
     enough = box_area(cut) >= policy.visibility * box_area(boxes) * (1 - 1e-6)
     return cut, long_enough & (enough | iscrowd)
@@ -288,7 +287,7 @@ def _spoil(image: np.ndarray, policy: Policy, rng: np.random.Generator) -> np.nd
         image = transform(image=image)["image"]
     return image
 
-# %% ../../nbs/data/18_transforms.ipynb #ef5a2365
+# %% ../../nbs/data/18_transforms.ipynb #968fbdbe
 @dataclass(frozen=True)
 class Sample:
     "One image as the network will see it, before padding, with what lies in it."
@@ -315,7 +314,7 @@ def look(
         return _spoil(image, policy, rng) if policy.pixels else image
 
     moved = move_boxes(sample.boxes, matrix, policy.hull)
-    cut, stays = in_view(moved, sample.iscrowd, (0, 0, size[1], size[0]), policy)
+    cut, stays = in_view(moved, sample.iscrowd, size, policy)
     lost = int((~stays & ~sample.iscrowd).sum())
     image = render(sample.image, matrix, size, recolour)
     return Sample(image, cut[stays], sample.labels[stays], sample.iscrowd[stays], sample.dropped + lost)
