@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/models/3Z_face.ipynb #ed93e4c0
-from .weights import load_model, save_weights
+# %% ../../nbs/models/3Z_face.ipynb #7a2bd0d4
+from .weights import load_model, load_weights, save_weights
 from .zoo import create_model, list_models
 
-# %% ../../nbs/models/3Z_face.ipynb #1cf5bdf5
-__all__ = ["create_model", "list_models", "load_model", "save_weights"]
+# %% ../../nbs/models/3Z_face.ipynb #f5c70386
+__all__ = ["create_model", "list_models", "load_model", "load_weights", "save_weights"]
