@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['download', 'digest_of', 'unpack', 'fetch']
 
-# %% ../../nbs/data/1B_fetch.ipynb #9117cc5b
+# %% ../../nbs/data/1B_fetch.ipynb #de33e3c9
 import hashlib
 import shutil
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -98,7 +97,7 @@ def _room(path: Path, wanted: int) -> None:
             f"{wanted / 2**20:,.0f} MiB to come, {free / 2**20:,.0f} MiB free", path.parent, "free some space"
         )
 
-# %% ../../nbs/data/1B_fetch.ipynb #b4c5f746
+# %% ../../nbs/data/1B_fetch.ipynb #4bcb217a
 def download(
     url: str,  # http(s)
     path: str | Path,  # Where the file goes; it appears when it is complete and right
@@ -110,7 +109,7 @@ def download(
 ) -> Path:  # The file
     "Download a file, going on where an earlier attempt stopped."
     import httpx
-    from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential
+    from tenacity import RetryCallState, Retrying, retry_if_exception_type
     from tqdm import tqdm
 
     path = Path(path)
@@ -127,10 +126,12 @@ def download(
         best["bytes"] = max(size, best["bytes"])
         return best["idle"] >= attempts
 
+    def wait(state: RetryCallState) -> float:
+        "Longer and longer while nothing comes."
+        return min(pause * 2 ** max(best["idle"] - 1, 0), 60.0)
+
     bar = tqdm(desc=path.name, unit="B", unit_scale=True, unit_divisor=1024, disable=None if progress else True)
-    retry = Retrying(
-        retry=retry_if_exception_type(_Broken), stop=stop, wait=wait_exponential(pause, max=60), reraise=True
-    )
+    retry = Retrying(retry=retry_if_exception_type(_Broken), stop=stop, wait=wait, reraise=True)
     timeout = httpx.Timeout(30.0)
     try:
         with httpx.Client(timeout=timeout) as client, bar:
