@@ -180,7 +180,7 @@ class Items:
         except InputError as error:
             return {"error": (error.what, error.where and str(error.where), error.remedy)}
 
-# %% ../../nbs/data/19_loader.ipynb #17628d34
+# %% ../../nbs/data/19_loader.ipynb #41c7dd59
 def pack(
     samples: Sequence[Sample],
     rows: Sequence[int],  # Of the table
@@ -203,7 +203,9 @@ def unpack(
     packed: dict,  # What `pack` made
     original_sizes: np.ndarray,  # n 2, (height, width) of each image of the table
 ) -> Batch:
-    "The batch that a model sees."
+    "The batch that a model sees; raises the `InputError` that came instead of one."
+    if "error" in packed:
+        raise InputError(*packed["error"])
     ends = np.cumsum(packed["counts"])[:-1]
     parts = [np.split(packed[key], ends) for key in ("boxes", "labels", "iscrowd")]
     targets = tuple(
@@ -213,7 +215,7 @@ def unpack(
     originals = original_sizes[packed["rows"]].astype(np.int64)
     return Batch(packed["images"], *map(torch.from_numpy, (packed["sizes"], originals, packed["rows"])), targets)
 
-# %% ../../nbs/data/19_loader.ipynb #05698078
+# %% ../../nbs/data/19_loader.ipynb #16b938a0
 @dataclass
 class Loader:
     "Batches of a table; see `make_loader`."
@@ -253,8 +255,6 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         for packed in self._loader:
-            if "error" in packed:
-                raise InputError(*packed["error"])
             batch = unpack(packed, self.annotations.sizes)
             new = {"images": len(batch), "objects": sum(map(len, batch.targets)), "dropped": packed["dropped"]}
             self.counts = {key: self.counts[key] + new[key] for key in new}
