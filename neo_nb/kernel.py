@@ -30,7 +30,7 @@ def fold(
     "Each line as it stands after its carriage returns; a return at the very end waits for what follows."
     return re.sub(r"[^\r\n]*\r+(?![\r\n]|\Z)", "", text)
 
-# %% ../nbs/71_kernel.ipynb #006edd25
+# %% ../nbs/71_kernel.ipynb #0b45ef94
 class Screen:
     "Where a run's output is shown: as it comes in a terminal, line by line in a log."
 
@@ -39,40 +39,39 @@ class Screen:
         stream: Any,  # A text stream; None shows nothing
         every: float = 15.0,  # Seconds after which a log is told of an unfinished line
     ):
-        self.stream, self.every, self.rest, self.told = stream, every, "", time.monotonic()
+        self.stream, self.every, self.told = stream, every, time.monotonic()
+        self.rest: dict[str, str] = {}  # Each of the kernel's streams has an unfinished line of its own
         self.live = stream is not None and stream.isatty()
 
-    def write(self, text: str) -> None:
-        "Show what the kernel printed."
-        if self.stream is None:
-            return
+    def write(self, text: str, name: str = "stdout") -> None:
+        "Show what the kernel printed; a line that comes while a bar is drawn goes above the bar."
+        whole, newline, rest = fold(self.rest.get(name, "") + text).rpartition("\n")
+        self.rest[name] = rest
+        bars = [line.strip("\r") for line in self.rest.values() if line.strip()]
         if self.live:
-            self._put(text)
-            return
-        whole, newline, rest = fold(self.rest + text).rpartition("\n")
-        self.rest = rest
-        if newline:
-            self._put(whole + newline)
-        elif rest.strip() and time.monotonic() - self.told > self.every:
-            self._put(rest.strip("\r") + "\n")
+            self._put("\r\x1b[K" + whole + newline + "  ".join(bars))
+        elif newline:
+            self._put(whole.lstrip("\r") + newline)
+        elif bars and time.monotonic() - self.told > self.every:
+            self._put("  ".join(bars) + "\n")
 
     def title(self, text: str) -> None:
         "Say which section comes."
         self.end()
-        if self.stream is not None:
-            self._put(f"\x1b[1m{text}\x1b[0m\n" if self.live else f"== {text}\n")
+        self._put(f"\x1b[1m{text}\x1b[0m\n" if self.live else f"== {text}\n")
 
     def end(self) -> None:
-        "Finish an unfinished line."
-        rest, self.rest = self.rest.strip("\r"), ""
-        if rest.strip():
-            self._put(rest + "\n")
+        "Finish unfinished lines."
+        bars, self.rest = [line.strip("\r") for line in self.rest.values() if line.strip()], {}
+        if bars:
+            self._put("\n" if self.live else "\n".join(bars) + "\n")
 
     def _put(self, text: str) -> None:
         self.told = time.monotonic()
         with contextlib.suppress(BrokenPipeError):  # the reader left (| head): the run goes on
-            self.stream.write(text)
-            self.stream.flush()
+            if self.stream is not None:
+                self.stream.write(text)
+                self.stream.flush()
 
 # %% ../nbs/71_kernel.ipynb #0174dc31
 class ThisPython(AsyncKernelManager):
@@ -89,7 +88,7 @@ class ThisPython(AsyncKernelManager):
         encrypted = {"supported_encryption": ["curve"]}  # its sockets are the machine's, and other users' too
         return KernelSpec(argv=argv, display_name="Python 3", language="python", metadata=encrypted)
 
-# %% ../nbs/71_kernel.ipynb #038e3788
+# %% ../nbs/71_kernel.ipynb #cd299838
 _BAD_INPUT = "isinstance(__import__('sys').last_value, __import__('neo_nb.core').core.InputError)"
 
 
@@ -99,6 +98,7 @@ class Watch:
     def __init__(self, screen: Screen):
         self.screen = screen
         self.cell: int | None = None  # The cell at work
+        self.title = ""  # The heading that was passed and not yet said
         self.bad_input = False  # The error was an InputError
         self.signal: int | None = None  # The signal that we passed on
 
@@ -118,7 +118,10 @@ class Client(PapermillNotebookClient):
         "Run a cell; announce a heading; remember what kind of error ended it."
         self.watch.cell = cell_index
         if cell.cell_type == "markdown" and cell.source.startswith("## "):
-            self.watch.screen.title(cell.source.splitlines()[0][3:])
+            self.watch.title = cell.source.splitlines()[0][3:]
+        elif cell.cell_type == "code" and self.watch.title:
+            self.watch.screen.title(self.watch.title)
+            self.watch.title = ""
         try:
             return super().execute_cell(cell, cell_index, **options)
         except CellExecutionError as error:
@@ -140,7 +143,7 @@ class Client(PapermillNotebookClient):
         if msg["msg_type"] != "stream" or self.clear_before_next_output:
             return super().output(outs, msg, display_id, cell_index)
         content, last = msg["content"], outs[-1] if outs else None
-        self.watch.screen.write(content["text"])
+        self.watch.screen.write(content["text"], content["name"])
         if last is None or last.output_type != "stream" or last.name != content["name"]:
             msg["content"] = content | {"text": fold(content["text"])}
             return super().output(outs, msg, display_id, cell_index)
