@@ -14,7 +14,8 @@ from neo_nb.core import InputError
 from neo_nb.data.checks import CHECKS, check_dataset
 from neo_nb.data.coco import read_coco, write_coco
 from neo_nb.data.dice import read_dice, write_dice
-from neo_nb.data.manifest import changes_of, import_dataset, load_dataset, load_manifest, read_split
+from neo_nb.data.imports import import_dataset
+from neo_nb.data.manifest import changes_of, load_dataset, load_manifest, read_split
 from neo_nb.data.voc import read_voc, write_voc
 from neo_nb.data.yolo import read_yolo, write_yolo
 

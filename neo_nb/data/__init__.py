@@ -7,13 +7,14 @@ Data sets by name, readers and writers of four formats, and the loader: the name
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/data/1Z_face.ipynb #a7128734
+# %% ../../nbs/data/1Z_face.ipynb #34dd2280
 from .batch import Batch, Targets
 from .checks import check_dataset
 from .coco import read_coco, write_coco
 from .dice import read_dice, write_dice
+from .imports import import_dataset
 from .loader import make_loader, read_image
-from .manifest import import_dataset, list_datasets, load_dataset, load_manifest
+from .manifest import list_datasets, load_dataset, load_manifest
 from .transforms import make_transform, prepare
 from .voc import read_voc, write_voc
 from .yolo import read_yolo, write_yolo

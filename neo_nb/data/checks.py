@@ -25,7 +25,7 @@ from ..core import InputError, pick
 from .manifest import Manifest, changes_of, load_manifest, read_split
 from .problems import SEVERITIES, Problem, faulty_boxes, note, place
 
-# %% ../../nbs/data/16_checks.ipynb #881aa352
+# %% ../../nbs/data/16_checks.ipynb #42e74089
 CHECKS = {
     # files and folders
     "root-missing": "the data are not where the manifest says",
@@ -53,6 +53,10 @@ CHECKS = {
     "filename-differs": "XML that names another image",
     "size-missing": "XML that does not say the image's size",
     "box-id-twice": "an annotation id that stands twice",
+}
+
+# %% ../../nbs/data/16_checks.ipynb #0555d2a1
+CHECKS |= {
     # boxes
     "box-degenerate": "a box without area",
     "box-outside": "a box wholly out of its image",
@@ -76,7 +80,7 @@ CHECKS = {
     "fingerprint-differs": "not what it was when its manifest was written",
 }
 
-# %% ../../nbs/data/16_checks.ipynb #15405c95
+# %% ../../nbs/data/16_checks.ipynb #64f4a1c1
 _BOX_WORDS = {
     "box-degenerate": "no area: {box}",
     "box-outside": "wholly out of the image of {w} x {h}: {box}",
@@ -117,13 +121,13 @@ def _image(table: Annotations, row: int) -> tuple[str, str]:
     "Where an image stands and what it is called."
     return f"{table.source or table.name} image {table.image_ids[row]}", str(table.file_names[row])
 
-
+# %% ../../nbs/data/16_checks.ipynb #2b488b9a
 def _repeats(values: Sequence) -> list[int]:
     "The places of values that stood before."
     seen: set = set()
     return [i for i, value in enumerate(values) if value in seen or seen.add(value)]
 
-# %% ../../nbs/data/16_checks.ipynb #187b6897
+# %% ../../nbs/data/16_checks.ipynb #5e1bcea0
 @dataclass(frozen=True)
 class ImageFacts:
     "What a look at an image file says."
@@ -163,7 +167,7 @@ def look(
     size = (width, height) if orientation >= 5 else (height, width)
     return ImageFacts(size=size, digest=digest, mode=mode, turned=orientation != 1)
 
-
+# %% ../../nbs/data/16_checks.ipynb #7e90e25e
 def check_images(
     table: Annotations,
     facts: Sequence[ImageFacts],  # One an image of the table
@@ -188,7 +192,7 @@ def check_images(
             note(problems, "image-depth", path, what, severity="info", image_id=image_id)
     return problems
 
-
+# %% ../../nbs/data/16_checks.ipynb #08adcedb
 def check_repeats(
     splits: dict[str, tuple[Annotations, Sequence[ImageFacts]]],  # Split → its table and images
 ) -> list[Problem]:
@@ -211,7 +215,7 @@ def check_repeats(
             note(problems, check, where, what, severity=severity, image_id=image_id)
     return problems
 
-# %% ../../nbs/data/16_checks.ipynb #c183bdec
+# %% ../../nbs/data/16_checks.ipynb #8445462d
 @dataclass
 class CheckReport:
     "What the doctor found."
@@ -255,7 +259,7 @@ class CheckReport:
 
     __str__ = table
 
-
+# %% ../../nbs/data/16_checks.ipynb #157af97f
 def _split_lines(report: CheckReport) -> list[str]:
     "A line a split, in columns."
     head = ("split", "images", "boxes", "ignored", "without boxes", "most in one", "boxes by class")
@@ -293,7 +297,7 @@ def _last_line(report: CheckReport) -> str:
     said = ", ".join(f"{n:,} {key}{'s' * (n != 1 and key != 'info')}" for key, n in report.counts.items())
     return f"\n{images:,} images, {boxes:,} boxes: {said}"
 
-# %% ../../nbs/data/16_checks.ipynb #9b68d33d
+# %% ../../nbs/data/16_checks.ipynb #aed993d9
 def check_dataset(
     name: str | Path,  # A data set's name, or a path to a manifest
     splits: Sequence[str] | None = None,  # All of them when None
@@ -333,7 +337,7 @@ def _read(manifest: Manifest, split: str, problems: list[Problem]) -> Annotation
     broken = any(p.check in gone for p in problems[before:])
     return None if broken and not len(table) else table
 
-
+# %% ../../nbs/data/16_checks.ipynb #7787d304
 def _facts_of(table: Annotations) -> dict[str, Any]:
     "The numbers of a split."
     counts = np.diff(table.offsets)

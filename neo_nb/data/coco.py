@@ -131,7 +131,7 @@ def _annotation_fault(row: Any, image_row: dict, label: dict) -> tuple[str, str]
         return "box-not-finite", f"bbox has a value that is no finite number: {bbox!r:.60}"
     return "", ""
 
-# %% ../../nbs/data/10_coco.ipynb #55adbdaf
+# %% ../../nbs/data/10_coco.ipynb #e2f0be8b
 def _sieve(rows: list, fault: Any, source: str | Path, kind: str, problems: list[Problem] | None) -> list[dict]:
     "The sound rows of a list; the others are problems."
     sound = []
@@ -156,7 +156,7 @@ def _unique(rows: list[dict], source: str | Path, kind: str, problems: list[Prob
             sound.append(row)
     return sound
 
-
+# %% ../../nbs/data/10_coco.ipynb #b3d7c7d6
 def _rows(rows: list, image_row: dict, label: dict, source: str | Path, problems: list[Problem] | None) -> list[dict]:
     "The sound annotations: all of them when one look at the whole finds nothing, else row by row."
     try:
@@ -192,7 +192,7 @@ def read_coco(
     document = read_json(json_path, keys, problems) or dict.fromkeys(keys, [])
     return table_of(document, json_path, root, name, problems, extras)
 
-# %% ../../nbs/data/10_coco.ipynb #5e271615
+# %% ../../nbs/data/10_coco.ipynb #83ee8619
 def coco_document(
     table: Annotations,
 ) -> dict[str, Any]:  # What `write_coco` writes
@@ -232,7 +232,7 @@ def _short(value: float) -> float | int:
     "A number as short as the table's own precision (float32) allows."
     return int(value) if value == int(value) else float(f"{value:.7g}") if abs(value) >= 1e-4 else value
 
-
+# %% ../../nbs/data/10_coco.ipynb #a573b6ca
 def _images(table: Annotations) -> list[dict[str, Any]]:
     keys = ("id", "file_name", "height", "width", "tags")
     rows = zip(table.image_ids.tolist(), table.file_names.tolist(), *table.sizes.T.tolist(), table.tags.tolist())

@@ -99,7 +99,7 @@ def _room(path: Path, wanted: int) -> None:
             f"{wanted / 2**20:,.0f} MiB to come, {free / 2**20:,.0f} MiB free", path.parent, "free some space"
         )
 
-# %% ../../nbs/data/1B_fetch.ipynb #4bcb217a
+# %% ../../nbs/data/1B_fetch.ipynb #e2b1382e
 def download(
     url: str,  # http(s)
     path: str | Path,  # Where the file goes; it appears when it is complete and right
@@ -146,7 +146,7 @@ def download(
     mark.unlink(missing_ok=True)
     return path
 
-
+# %% ../../nbs/data/1B_fetch.ipynb #297162c8
 def _verify(part: Path, mark: Path, checksum: str | None, url: str) -> None:
     "Compare the checksum; a wrong file is removed."
     found = digest_of(part, checksum.partition(":")[0]) if checksum else checksum
@@ -167,7 +167,7 @@ def digest_of(
     with Path(path).open("rb") as file:
         return f"{kind}:{hashlib.file_digest(file, kind).hexdigest()}"
 
-# %% ../../nbs/data/1B_fetch.ipynb #9e33e9a7
+# %% ../../nbs/data/1B_fetch.ipynb #fc81c574
 def unpack(
     archive: str | Path,  # .zip, .tar, .tar.gz, .tgz, …
     folder: str | Path,  # Where its content goes
@@ -208,7 +208,7 @@ def _unzip(archive: Path, folder: Path) -> None:
         for member in members:
             file.extract(member, folder)
 
-
+# %% ../../nbs/data/1B_fetch.ipynb #88096f42
 def _merge(source: Path, target: Path) -> None:
     "Move everything, file by file where a folder is there already."
     for item in sorted(source.iterdir()):
@@ -220,7 +220,7 @@ def _merge(source: Path, target: Path) -> None:
                 goal.unlink()
             item.replace(goal)
 
-# %% ../../nbs/data/1B_fetch.ipynb #8fa29615
+# %% ../../nbs/data/1B_fetch.ipynb #10312da8
 def fetch(
     name: str | Path,  # A data set's name, or a path to a manifest
     *,
@@ -265,7 +265,7 @@ def _archive_path(manifest: Manifest, archive: Archive) -> Path:
     name = Path(unquote(urlsplit(archive.url).path)).name or "archive"
     return manifest.folder / ".archives" / name
 
-
+# %% ../../nbs/data/1B_fetch.ipynb #65d50122
 def _complete(file: Path, archive: Archive) -> bool:
     "Whether an archive lies there already, as the manifest wants it."
     if not file.is_file() or not archive.checksum:

@@ -6,12 +6,10 @@
 
 # %% auto #0
 __all__ = ['Format', 'log', 'Print', 'Split', 'Archive', 'Manifest', 'list_datasets', 'load_manifest', 'read_split', 'take_print',
-           'differences', 'load_dataset', 'changes_of', 'faults_line', 'detect_format', 'import_dataset',
-           'write_manifest']
+           'differences', 'load_dataset', 'changes_of', 'faults_line', 'write_manifest']
 
-# %% ../../nbs/data/15_manifest.ipynb #6c92716d
+# %% ../../nbs/data/15_manifest.ipynb #28cf6fb1
 import hashlib
-import json
 import logging
 import os
 from dataclasses import replace
@@ -28,9 +26,9 @@ from .coco import read_coco
 from .dice import read_dice
 from .problems import Problem, faulty_boxes, note, place, read_text
 from .voc import read_voc
-from .yolo import SUFFIXES, read_data_yaml, read_yolo
+from .yolo import read_yolo
 
-# %% ../../nbs/data/15_manifest.ipynb #a589804f
+# %% ../../nbs/data/15_manifest.ipynb #b711047f
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -72,7 +70,7 @@ class Archive(_Strict):
 
 Format = Literal["coco", "yolo", "voc", "dice", "scenes"]
 
-
+# %% ../../nbs/data/15_manifest.ipynb #8d684a5d
 class Manifest(_Strict):
     "A data set: where it is and what it should hold."
 
@@ -118,7 +116,7 @@ def load_manifest(
             f"{key}: {first['msg']}{more}", path, "the fields are in nbs/data/15_manifest.ipynb"
         ) from error
 
-# %% ../../nbs/data/15_manifest.ipynb #ea3c2f71
+# %% ../../nbs/data/15_manifest.ipynb #5d896948
 def read_split(
     manifest: Manifest,
     split: str,  # "train", "val", …
@@ -154,7 +152,7 @@ _WHERE = _WHERE.rstrip(",")
 def _nothing(manifest: Manifest, name: str) -> Annotations:
     return Annotations([], [], np.zeros((0, 2)), [0], np.zeros((0, 4)), [], class_names=manifest.classes, name=name)
 
-
+# %% ../../nbs/data/15_manifest.ipynb #c3c1d82e
 def _scenes(manifest: Manifest, entry: Split, name: str) -> Annotations:
     "Drawn scenes, from the disk when they are there."
     from neo_nb.data.scenes import make_scenes
@@ -168,7 +166,7 @@ def _scenes(manifest: Manifest, entry: Split, name: str) -> Annotations:
         save_table(replace(table, file_names=files, root=folder), folder / "table")
     return replace(open_table(folder / "table"), root=folder, name=name)
 
-# %% ../../nbs/data/15_manifest.ipynb #37d1b105
+# %% ../../nbs/data/15_manifest.ipynb #92ce65e3
 def take_print(
     table: Annotations,
 ) -> Print:  # What `differences` compares
@@ -193,7 +191,7 @@ def _hash(*columns: np.ndarray) -> str:
         digest.update("\n".join(column.tolist()).encode() if text else np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()[:12]
 
-
+# %% ../../nbs/data/15_manifest.ipynb #1647ca5c
 def differences(
     old: Print,  # What the manifest says
     new: Print,  # What the data say
@@ -222,7 +220,7 @@ def differences(
         said += [words[key] for key in keys if getattr(old, key) and getattr(old, key) != getattr(new, key)]
     return said or (["the order of rows differs"] if old.whole else [])
 
-# %% ../../nbs/data/15_manifest.ipynb #76630b65
+# %% ../../nbs/data/15_manifest.ipynb #530499f5
 log = logging.getLogger("neo_nb.data")
 _SAID: set[str] = set()
 
@@ -260,7 +258,7 @@ def changes_of(
     pairs = (("images", entry.expected_images, len(table)), ("boxes", entry.expected_boxes, len(table.boxes_xyxy)))
     return [f"{key} {wanted:,} → {got:,}" for key, wanted, got in pairs if wanted is not None and wanted != got]
 
-
+# %% ../../nbs/data/15_manifest.ipynb #a07aea40
 def faults_line(
     table: Annotations,
 ) -> str:  # "" when no box is faulty
@@ -281,156 +279,7 @@ def _say(line: str) -> None:
         _SAID.add(line)
         log.warning(line)
 
-# %% ../../nbs/data/15_manifest.ipynb #f1b94034
-_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
-_SPLITS |= {"test": "test", "testing": "test", "minival": "minival"}
-
-
-def _split_of(path: Path, root: Path) -> tuple[str, str]:
-    "The split that a path is about, and the word that says so: `instances_val2017` → val, val2017."
-    import re
-
-    for text in (path.stem, *reversed(path.relative_to(root).parts[:-1])):
-        for word in reversed(re.split(r"[_\-. ]", text)):
-            key = re.sub(r"\d+$", "", word.lower())
-            if key in _SPLITS:
-                return _SPLITS[key], word
-    return "train", path.stem
-
-
-def _find_json(path: Path, root: Path) -> dict[str, tuple[Format, Split]]:
-    "Splits of JSON files that hold images, annotations and categories."
-    files = [path] if path.is_file() else sorted([*path.glob("*.json"), *path.glob("*/*.json")])
-    found: dict[str, tuple[Format, Split]] = {}
-    for file in files:
-        text = read_text(file) or ""
-        try:
-            document = json.loads(text)
-        except json.JSONDecodeError:
-            read_coco(file, root)  # raises, with what is wrong
-        if not isinstance(document, dict) or not {"images", "annotations", "categories"} <= set(document):
-            continue
-        split, word = _split_of(file, root)
-        if split in found:
-            continue  # captions and keypoints of the same images; instances come first by their name
-        full = all(isinstance(r, dict) and "id" in r for k in ("images", "categories") for r in document[k][:9])
-        full &= all({"image_id", "category_id"} <= set(r) for r in document["annotations"][:9] if isinstance(r, dict))
-        images = _find_images(document["images"], root, file, (split, word))
-        entry = Split(annotations=file.relative_to(root).as_posix(), images=images)
-        found[split] = ("coco" if full else "dice", entry)
-    return found
-
-
-def _find_images(rows: list, root: Path, file: Path, words: tuple[str, str]) -> str:
-    "The folder where the first image is."
-    named = [row.get("file_name") if isinstance(row, dict) else row for row in rows[:1]]
-    places = [
-        f"images/{words[0]}",
-        f"images/{words[1]}",
-        *words,
-        "images",
-        file.parent.relative_to(root).as_posix(),
-        ".",
-    ]
-    for folder in places:
-        if all((root / folder / str(n)).is_file() for n in named):
-            return folder
-    raise InputError(f"the image {named[0]} is in none of {', '.join(places)}", file, "write the manifest by hand")
-
-# %% ../../nbs/data/15_manifest.ipynb #d2160448
-def _find_yolo(path: Path, root: Path) -> dict[str, tuple[Format, Split]]:
-    "Splits of a data.yaml."
-    files = [path] if path.is_file() else sorted([*path.glob("data.y*ml"), *path.glob("*.y*ml")])
-    for file in files:
-        if isinstance(yaml.safe_load(read_text(file) or ""), dict):
-            _, splits, _ = read_data_yaml(file)
-            kept = {key: _SPLITS.get(key, key) for key, places in splits.items() if all(p.exists() for p in places)}
-            entry = file.relative_to(root).as_posix()
-            return {s: ("yolo", Split(annotations=entry, key=None if s == key else key)) for key, s in kept.items()}
-    return {}
-
-
-def _find_voc(path: Path, root: Path) -> dict[str, tuple[Format, Split]]:
-    "Splits of folders that hold XML files."
-    if not path.is_dir():
-        return {}
-    found = {}
-    for folder in sorted({file.parent for file in path.rglob("*.xml")}):
-        split, word = _split_of(folder / "x", root)
-        stems = {file.stem for file in folder.glob("*.xml")}
-        places = [
-            f"images/{split}",
-            f"images/{word}",
-            split,
-            word,
-            "images",
-            "JPEGImages",
-            folder.relative_to(root).as_posix(),
-        ]
-        for images in places:
-            some = (f for f in (root / images).glob("*") if f.suffix.lower() in SUFFIXES)
-            if any(f.stem in stems for f in some):
-                entry = Split(annotations=folder.relative_to(root).as_posix(), images=images)
-                found.setdefault(split, ("voc", entry))
-                break
-    return found
-
-
-def detect_format(
-    path: str | Path,  # A folder, a JSON file or a data.yaml
-    format: Format | None = None,  # Look for this one only
-) -> tuple[Format, Path, dict[str, Split]]:  # The format, the root, the splits
-    "Find out what a folder holds; COCO before DICE before YOLO before VOC where it holds several."
-    path = Path(path).absolute()
-    if not path.exists():
-        raise InputError("no such file or folder", path)
-    root = path if path.is_dir() else path.parent
-    finders = {"coco": _find_json, "dice": _find_json, "yolo": _find_yolo, "voc": _find_voc}
-    if path.is_file():
-        finders = {k: f for k, f in finders.items() if (path.suffix == ".json") == (f is _find_json)}
-    if format is not None:
-        finders = {pick(format, finders, "format of data here"): finders[format]}
-    for finder in dict.fromkeys(finders.values()):
-        found = finder(path, root)
-        if found:
-            said = {kind for kind, _ in found.values()}
-            kind = format or ("dice" if "dice" in said else said.pop())
-            return kind, root, {key: entry for key, (_, entry) in found.items()}
-    raise InputError(f"holds no {' or '.join(finders)} data that I can find", path, "write the manifest by hand")
-
-# %% ../../nbs/data/15_manifest.ipynb #395f35a0
-def import_dataset(
-    path: str | Path,  # A folder, a JSON file or a data.yaml
-    name: str,  # What to call it
-    format: Format | None = None,  # The format; found out when None
-    overwrite: bool = False,  # Replace a manifest of that name
-    licence: str = "unknown",  # Under which the data are
-) -> Manifest:  # As written to data_manifests/NAME.yaml
-    "Read a data set once, and write its manifest."
-    target = workspace_root() / "data_manifests" / f"{name}.yaml"
-    if not name or Path(name).name != name or name.startswith("."):
-        raise InputError(f"{name!r} cannot be a file's name", remedy="use letters, digits, - and _")
-    if target.exists() and not overwrite:
-        raise InputError("there is a data set of that name already", target, "choose another name or --overwrite")
-    kind, root, splits = detect_format(path, format)
-    base = Path(settings()["data"])
-    inside = root.resolve().relative_to(base).as_posix() if root.resolve().is_relative_to(base) else str(root)
-    manifest = Manifest(name=name, format=kind, root=inside, licence=licence, splits=splits)
-    tables = {split: read_split(manifest, split) for split in splits}
-    classes = {split: list(table.class_names) for split, table in tables.items()}
-    if kind == "voc":  # no list of classes anywhere: those that occur in any split
-        manifest.classes = sorted(set().union(*classes.values()))
-        tables = {split: read_split(manifest, split) for split in splits}
-    elif len({tuple(c) for c in classes.values()}) > 1:
-        raise InputError(f"the splits differ in their classes: {classes}", path, "map them to one list first")
-    manifest.classes = list(next(iter(tables.values())).class_names)
-    for split, table in tables.items():
-        manifest.splits[split].fingerprint = take_print(table)
-        _say(faults_line(table))
-    write_manifest(manifest, target)
-    return manifest
-
-
+# %% ../../nbs/data/15_manifest.ipynb #81e24630
 def write_manifest(
     manifest: Manifest,
     path: str | Path,  # The YAML to write

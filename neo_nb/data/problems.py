@@ -56,7 +56,7 @@ def note(
     elif severity == "error":
         raise InputError(message, where, remedy)
 
-# %% ../../nbs/data/09_problems.ipynb #39f3d9fe
+# %% ../../nbs/data/09_problems.ipynb #b5d6bee8
 def read_text(
     path: str | Path,  # A text file
     problems: list[Problem] | None = None,  # Where faults are collected; None raises
@@ -98,7 +98,7 @@ def read_json(
         return None
     return document
 
-
+# %% ../../nbs/data/09_problems.ipynb #6c9487de
 def image_folder(
     folder: str | Path,  # Where images are expected
     where: object,  # Who expects them

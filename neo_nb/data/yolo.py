@@ -86,7 +86,7 @@ def _images_of(places: list[Path], where: Path, problems: list[Problem] | None) 
             found += sorted(p for p in given.rglob("*") if p.suffix.lower() in SUFFIXES)
     return found
 
-# %% ../../nbs/data/11_yolo.ipynb #45d25222
+# %% ../../nbs/data/11_yolo.ipynb #f0518ddf
 def _label_rows(text: str, where: Path, problems: list[Problem] | None) -> tuple[list[list[str]], list[int], dict]:
     "Rows of five columns, their lines, and the polygons by row."
     rows, lines, polygons = [], [], {}
@@ -128,7 +128,7 @@ def _polygon_box(row: list[str], where: str, problems: list[Problem] | None) -> 
     low, high = points.min(0), points.max(0)
     return [row[0], *map(repr, [*((low + high) / 2).tolist(), *(high - low).tolist()])]
 
-
+# %% ../../nbs/data/11_yolo.ipynb #c1dd8d78
 def _values(rows: list[list[str]]) -> np.ndarray:
     "The numbers of all rows; a row with something else in it is NaN throughout."
     try:
@@ -191,7 +191,7 @@ def _load_beside(path: Path, names: list[str], problems: list[Problem] | None) -
         return {}, []
     return {row["file_name"]: row for row in document["images"]}, document["category_ids"]
 
-# %% ../../nbs/data/11_yolo.ipynb #06b6dba6
+# %% ../../nbs/data/11_yolo.ipynb #fd1f57f0
 def read_yolo(
     data_yaml: str | Path,  # `data.yaml`
     split: str,  # One of its splits: "train", "val", …
@@ -233,7 +233,7 @@ def _sizes(images: list[Path], problems: list[Problem] | None) -> tuple[list[Pat
     kept = [(p, s) for p, s in zip(images, sizes) if not isinstance(s, str)]
     return [p for p, _ in kept], [s for _, s in kept]
 
-
+# %% ../../nbs/data/11_yolo.ipynb #7c9e198b
 def _read_labels(
     images: list[Path], ids: list, sizes: list, classes: int, tolerance: float, problems: list[Problem] | None
 ) -> tuple[dict[str, Any], np.ndarray]:
@@ -293,7 +293,7 @@ def _join_beside(
     }
     return whole, np.concatenate([image_row, np.asarray([r[0] for r in ignore], np.int64)])
 
-# %% ../../nbs/data/11_yolo.ipynb #d1a778ec
+# %% ../../nbs/data/11_yolo.ipynb #e6250407
 def write_yolo(
     tables: Mapping[str, Annotations],  # Split → table; all with the same classes
     folder: str | Path,  # The folder to write
@@ -337,7 +337,7 @@ def _flat_names(table: Annotations, split: str) -> list[str]:
         raise InputError(f"two images would share the label file {twice}.txt", table.name or None, "rename one")
     return out
 
-
+# %% ../../nbs/data/11_yolo.ipynb #dd64eba1
 def _label_text(table: Annotations, index: int) -> str:
     "The label file of an image: its objects, without ignore regions."
     s = slice(int(table.offsets[index]), int(table.offsets[index + 1]))
