@@ -134,7 +134,7 @@ def _image_of(root: ElementTree.Element, path: Path, row: int, name: str) -> tup
         return image_id, None
     return image_id, (int(sides[0]), int(sides[1]))
 
-# %% ../../nbs/data/12_voc.ipynb #ef60b62d
+# %% ../../nbs/data/12_voc.ipynb #b8d82031
 def read_voc(
     folder_xml: str | Path,  # The folder of XML files, with those below it
     images_root: str | Path,  # The folder of images, laid out the same
@@ -164,7 +164,7 @@ def read_voc(
     record = {"class_names": names, "category_ids": category_ids, "root": images_root, "name": name}
     return _table(images, objects, record | {"source": str(folder)})
 
-
+# %% ../../nbs/data/12_voc.ipynb #3a5b8d2f
 def _table(images: list[tuple], objects: list[dict[str, Any]], record: dict[str, Any]) -> Annotations:
     "Rows as a table."
     ids, files, sizes, tags = (list(column) for column in zip(*images)) if images else ([], [], [], [])
@@ -207,7 +207,7 @@ def _size_of_file(image: Path, path: Path, problems: Any) -> tuple[int, int] | N
         note(problems, "size-missing", path, f"no size, and the image {image} cannot be read")
         return None
 
-# %% ../../nbs/data/12_voc.ipynb #4fc34348
+# %% ../../nbs/data/12_voc.ipynb #0d34f540
 def write_voc(
     table: Annotations,
     folder: str | Path,  # The folder of XML files to write
@@ -245,7 +245,7 @@ def _xml(table: Annotations, index: int) -> str:
         head.append(f"  <tags>{escape(str(table.tags[index]))}</tags>")
     return "\n".join([*head, *(_object_xml(table.class_names[k], *row) for k, *row in rows), "</annotation>\n"])
 
-
+# %% ../../nbs/data/12_voc.ipynb #360b8845
 def _object_xml(name: str, box: list[float], crowd: bool, box_id: int) -> str:
     corners = "".join(f"<{key}>{v:.9g}</{key}>" for key, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
     return (
