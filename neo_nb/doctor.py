@@ -42,13 +42,10 @@ def _version(package: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return None
 
-# %% ../nbs/72c_doctor.ipynb #464deec8
+# %% ../nbs/72c_doctor.ipynb #8ed7eb7c
 def look_at_python() -> Finding:
     "The interpreter."
-    what = f"{platform.python_version()} ({sys.executable})"
-    if sys.version_info < (3, 11):
-        return Finding("python", "lack", what, "3.11 or later is needed")
-    return Finding("python", "ok", what)
+    return Finding("python", "ok", f"{platform.python_version()} ({sys.executable})")
 
 
 def look_at_cores() -> Finding:
@@ -136,7 +133,7 @@ def look_at_onnx() -> Finding:
     providers = ", ".join(p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers())
     return Finding("onnxruntime", "ok", f"{onnxruntime.__version__}: {providers}")
 
-# %% ../nbs/72c_doctor.ipynb #64dfc638
+# %% ../nbs/72c_doctor.ipynb #f8b96ca3
 def look_at_packages() -> Finding:
     "Every dependency, there and new enough."
     from packaging.requirements import Requirement
@@ -183,7 +180,7 @@ def look_at_data() -> Finding:
     what = f"here: {', '.join(here) or 'none'}; absent: {', '.join(absent) or 'none'}"
     return Finding("data sets", "ok", what, "NEO_DATA names the folder where data sets lie" if absent else "")
 
-# %% ../nbs/72c_doctor.ipynb #58db7437
+# %% ../nbs/72c_doctor.ipynb #e4aee33c
 def look_at_extras() -> list[Finding]:
     "FiftyOne, TensorRT, Chromium, git."
     found = []

@@ -38,7 +38,7 @@ def find_images(
         raise InputError("no image was named")
     return found
 
-# %% ../nbs/72b_predict.ipynb #9e40c711
+# %% ../nbs/72b_predict.ipynb #1abd3836
 def _rows(detections: Any, category_ids: Sequence[int]) -> list[dict]:
     "The boxes of one image, for JSON."
     columns = (
