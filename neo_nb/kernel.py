@@ -151,7 +151,7 @@ class Client(PapermillNotebookClient):
         last.text = head + newline + fold(tail + content["text"])
         return last
 
-# %% ../nbs/71_kernel.ipynb #e36509ac
+# %% ../nbs/71_kernel.ipynb #e8d52332
 @contextlib.contextmanager
 def pass_signals(client: Client) -> Iterator[None]:
     "SIGINT and SIGTERM go to the kernel; outside the main thread nothing changes."
@@ -183,7 +183,13 @@ class Engine(NBClientEngine):
         "Run the notebook that papermill prepared."
         keep = {key: options[key] for key in ("log_output", "stdout_file", "stderr_file") if key in options}
         client = Client(nb_man, watch, kernel_name=kernel_name, log=logger, timeout=None, startup_timeout=120, **keep)
+        hints = [
+            os.environ.get("PYTHONWARNINGS", ""),
+            "ignore:IProgress not found",
+            "ignore:To exit",
+        ]  # about consoles
         quiet = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+        quiet["PYTHONWARNINGS"] = ",".join(filter(None, hints))
         with pass_signals(client):
             client.execute(env=os.environ | quiet)
 

@@ -252,7 +252,7 @@ def _files(run: Path) -> str:
     )
     return f"<dl>{rows}</dl>" if rows else ""
 
-# %% ../nbs/72a_report.ipynb #796bdcf3
+# %% ../nbs/72a_report.ipynb #28a35650
 def write_notebook_html(
     notebook: str | Path,  # The executed notebook
 ) -> Path:  # notebook.html beside it
@@ -260,7 +260,7 @@ def write_notebook_html(
     from nbconvert import HTMLExporter
 
     notebook = Path(notebook)
-    html, _ = HTMLExporter(embed_images=True).from_filename(str(notebook))
+    html, _ = HTMLExporter(embed_images=True, exclude_raw=True).from_filename(str(notebook))
     with atomic_write(notebook.parent / "notebook.html") as path:
         path.write_text(html, encoding="utf-8")
     return notebook.parent / "notebook.html"

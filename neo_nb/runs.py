@@ -177,7 +177,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
-# %% ../nbs/71_runs.ipynb #d124a3c5
+# %% ../nbs/71_runs.ipynb #71f1516e
 class RunFailed(RuntimeError):
     "A cell failed, or the kernel died; the message says which and where the partial notebook is."
 
@@ -191,7 +191,8 @@ class RunStopped(RuntimeError):
 
     def __init__(self, number: int, run: Path):
         self.signal, self.run = number, run
-        super().__init__(f"stopped by {signal.Signals(number).name}; what was saved is in {run}")
+        resume = f"; go on with: neo train --resume {run.name}" if (run / "weights" / "last.pt").exists() else ""
+        super().__init__(f"stopped by {signal.Signals(number).name}; what was saved is in {run}{resume}")
 
 
 @contextmanager
