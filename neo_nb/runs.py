@@ -215,7 +215,7 @@ def _settled(run: Path, output: Path, new: bool):
         record(run, status=status, error=str(error), seconds=round(time.time() - start, 1))
         raise
 
-# %% ../nbs/71_runs.ipynb #62283c8b
+# %% ../nbs/71_runs.ipynb #3d4d75c3
 def _output(run: Path, stem: str) -> Path:
     "Where the executed notebook goes: `train.ipynb`, and for a resumed run `train-2.ipynb`."
     names = [f"{stem}.ipynb"] + [f"{stem}-{i}.ipynb" for i in range(2, 1000)]
@@ -265,6 +265,10 @@ def execute(
     output = _output(run, notebook.stem)
     with _settled(run, output, new):
         parameters = check_parameters(notebook, {"run": run} | dict(parameters or {}))
-        record(run, command=notebook.stem, notebook=output.name, parameters=parameters)
+        # a run is what was first done in it: an export into it keeps what it was told beside, not on top
+        if read_record(run).get("command", notebook.stem) == notebook.stem:
+            record(run, command=notebook.stem, notebook=output.name, parameters=parameters)
+        else:
+            record(run, **{notebook.stem: parameters})
         _run(notebook.absolute(), output, parameters, Watch(Screen(sys.stderr if screen is None else screen)))
     return output
