@@ -114,7 +114,9 @@ def _extents(numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return boxes, np.bincount(numbers.ravel(), minlength=count + 1)[1 : count + 1]
 
 
-def _annotate(figures: list[Figure], bodies: np.ndarray, heads: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _annotate(
+    figures: list[Figure], bodies: np.ndarray, heads: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Boxes, labels and ignore flags from the painted maps and what each figure covered when it was painted."
     count = len(figures)
     body_boxes, body_seen = _extents(bodies, count)
@@ -159,7 +161,9 @@ def draw_scene(
     return image, *_annotate(figures, bodies, heads)
 
 
-def _post(rng: np.random.Generator, image: np.ndarray, bodies: np.ndarray, heads: np.ndarray, horizon: float, depth: float) -> None:
+def _post(
+    rng: np.random.Generator, image: np.ndarray, bodies: np.ndarray, heads: np.ndarray, horizon: float, depth: float
+) -> None:
     "A post or a bench in front of everybody painted so far."
     height, width = bodies.shape
     foot, x = int((horizon + (1.1 - horizon) * depth) * height), int(rng.uniform(0, width))
@@ -195,7 +199,9 @@ def make_scenes(
     return Annotations(**(vars(table) | {"root": folder / "images", "name": name, "source": str(folder)}))
 
 
-def _draw_split(folder: Path, name: str, num_images: int, size: list[int], seed: int, density: float, version: int) -> None:
+def _draw_split(
+    folder: Path, name: str, num_images: int, size: list[int], seed: int, density: float, version: int
+) -> None:
     from tqdm import tqdm
 
     rows, names = [], [f"{i:05d}.jpg" for i in range(num_images)]

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core import InputError, nearest
 
-# %% ../../nbs/train/50_config.ipynb #8ecdd71b
+# %% ../../nbs/train/50_config.ipynb #39e840bd
 class TrainConfig(BaseModel):
     "The settings of one training."
 
@@ -65,10 +65,10 @@ class TrainConfig(BaseModel):
     checkpoint_steps: int = Field(0, ge=0, description="also save every so many updates; 0: at epochs")
     tracker: Literal["trackio", "tensorboard", "none"] = Field("trackio", description="where curves go")
 
-# %% ../../nbs/train/50_config.ipynb #fb4abe99
+# %% ../../nbs/train/50_config.ipynb #f34a4736
 RECIPES: dict[str, dict[str, Any]] = {
     "rtdetr_nano": {
-        "epochs": 24,
+        "epochs": 16,
         "repeat": 4,
         "lr": 8e-4,
         "backbone_lr": 8e-4,

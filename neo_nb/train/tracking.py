@@ -7,15 +7,16 @@
 # %% auto #0
 __all__ = ['Tracker']
 
-# %% ../../nbs/train/53_tracking.ipynb #ab074f14
-import os
+# %% ../../nbs/train/53_tracking.ipynb #70777e6e
+import contextlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..core import settings
 
-# %% ../../nbs/train/53_tracking.ipynb #52b99e4f
+# %% ../../nbs/train/53_tracking.ipynb #732b50e7
 class Tracker:
     "Log numbers by step."
 
@@ -32,9 +33,9 @@ class Tracker:
             plain = {
                 k: v if isinstance(v, (int, float, str, bool)) or v is None else str(v) for k, v in config.items()
             }
-            self.writer = trackio.init(
-                project=settings()["project"], name=run.name, config=plain, resume="allow", embed=False
-            )
+            project = settings()["project"]
+            with contextlib.redirect_stdout(io.StringIO()):  # a page of advice at each start
+                self.writer = trackio.init(project=project, name=run.name, config=plain, resume="allow", embed=False)
         elif kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 

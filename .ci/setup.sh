@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Makes .venv, or refreshes it when what it is made from has changed. Needs python3 (3.11 or later) and nothing else.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fail() { echo "setup: $1" >&2; exit 1; }
+command -v python3 >/dev/null || fail "python3 is missing; on Debian: apt-get install python3 python3-venv"
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "python3 is older than 3.11: $(python3 --version)"
+
+exec 9>.venv.lock
+flock 9 2>/dev/null || true # two at once wait for each other
+trap 'rm -f .venv.lock' EXIT
+
+wanted=$(cat pyproject.toml constraints.txt .ci/setup.sh | sha256sum | cut -c1-16)
+if [ -x .venv/bin/python ] && [ "$(cat .venv/made-from 2>/dev/null)" = "$wanted" ]; then
+  exit 0
+fi
+
+if [ ! -x .venv/bin/python ]; then
+  echo "setup: making .venv with $(python3 --version)"
+  if ! python3 -m venv .venv 2>/dev/null; then # Debian keeps ensurepip in a package of its own
+    rm -rf .venv
+    if python3 -m pip --version >/dev/null 2>&1; then
+      python3 -m pip install -q --user --break-system-packages virtualenv
+      python3 -m virtualenv -q .venv
+    else
+      fail "python3 can make no virtual environment; on Debian: apt-get install python3-venv"
+    fi
+  fi
+fi
+
+echo "setup: installing (a few minutes the first time: torch is large)"
+uv=$(command -v uv || true)
+if [ -z "$uv" ] && .venv/bin/python -m pip install -q uv 2>/dev/null; then uv=.venv/bin/uv; fi
+if [ -n "$uv" ]; then
+  UV_LINK_MODE=${UV_LINK_MODE:-copy} "$uv" pip install -q --python .venv/bin/python -c constraints.txt -e '.[dev]'
+else
+  .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+fi
+echo "$wanted" > .venv/made-from
+echo "setup: done; try  make demo  or  .venv/bin/neo --help"

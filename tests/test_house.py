@@ -1,0 +1,104 @@
+"""The form of the house: what every chapter has, and what no file may hold."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import neo_nb
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(
+    p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith(("_", ".")) for part in p.parts)
+)
+RUNS = [p for p in NOTEBOOKS if p.parent.name == "runs"]
+
+
+def cells(path: Path) -> list[dict]:
+    found = json.loads(path.read_text())["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in found]
+
+
+def is_code(cell: dict, exported: bool | None = None) -> bool:
+    marked = bool(re.search(r"^#\|\s*exports?\b", cell["source"], re.M))
+    return cell["cell_type"] == "code" and (exported is None or exported == marked)
+
+
+CHAPTERS = [p for p in NOTEBOOKS if any("#| default_exp" in cell["source"] for cell in cells(p))]
+by_name = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+
+
+@by_name
+def test_a_chapter_has_title_subtitle_and_summary(path):
+    first, summary = cells(path)[0]["source"], [c for c in cells(path) if c["cell_type"] == "markdown"]
+    assert re.match(r"# \S.*\n\n> \S", first), "an H1 title and a > subtitle"
+    assert any(c["source"].startswith("#| export\n") for c in summary), "a markdown cell with #| export"
+
+
+@by_name
+def test_cells_and_modules_stay_small(path):
+    sources = [c["source"] for c in cells(path) if is_code(c, exported=True)]
+    long = [s.splitlines()[1] for s in sources if len([ln for ln in s.splitlines() if not ln.startswith("#|")]) > 45]
+    assert not long, f"exported cells over 45 lines: {long}"
+    assert sum(len(s.splitlines()) for s in sources) <= 400
+
+
+@by_name
+def test_every_public_name_is_in_a_lesson(path):
+    names = []
+    for cell in cells(path):
+        if is_code(cell, exported=True):
+            kinds = (ast.FunctionDef, ast.ClassDef)
+            names += [n.name for n in ast.parse(cell["source"]).body if isinstance(n, kinds) and n.name[0] != "_"]
+    lessons = "\n".join(c["source"] for p in NOTEBOOKS for c in cells(p) if is_code(c, exported=False))
+    methods = "\n".join(c["source"] for c in cells(path) if is_code(c, exported=True))
+    unseen = [
+        n
+        for n in names
+        if not re.search(rf"\b{n}\b", lessons) and not re.search(rf"^\w+\.\w+.*= .*\b{n}\b", methods, re.M)
+    ]
+    assert not unseen, f"in no lesson: {unseen}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_light_and_its_links_lead_somewhere(path):
+    assert path.stat().st_size <= 150_000
+    for cell in cells(path):
+        if cell["cell_type"] == "markdown":
+            for link in re.findall(r"\]\((?!https?:|#|attachment:)([^)#\s]+)", cell["source"]):
+                assert (path.parent / link).exists(), f"{link} leads nowhere"
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+def test_a_run_notebook_has_one_cell_of_parameters_and_exports_nothing(path):
+    found = cells(path)
+    assert sum("parameters" in c["metadata"].get("tags", []) for c in found) == 1
+    assert not any(is_code(c, exported=True) or "#| default_exp" in c["source"] for c in found)
+
+
+def tracked() -> list[Path]:
+    out = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [
+        ROOT / name for name in out.splitlines() if not name.endswith((".jpg", ".png")) and (ROOT / name).is_file()
+    ]
+
+
+def test_no_file_knows_the_machine_it_was_written_on():
+    here = Path(__file__).resolve()
+    words = re.compile(r"(?<![\w.])/(work|root)/|/tmp/w/|\bfacts §")
+    hits = [p for p in tracked() if p != here and p.name != "LICENSE" and words.search(p.read_text(errors="ignore"))]
+    assert not hits, hits
+
+
+def test_constraints_hold_names_and_versions_only():
+    lines = [ln for ln in (ROOT / "constraints.txt").read_text().splitlines() if ln and not ln.startswith("#")]
+    assert [ln for ln in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+( *;.*)?", ln)] == []
+
+
+def test_the_changelog_knows_the_version_and_the_readme_is_fresh():
+    assert f"[{neo_nb.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert subprocess.run([sys.executable, ".ci/readme.py", "--check"], cwd=ROOT).returncode == 0
