@@ -130,7 +130,7 @@ def evaluate(
     parameters = {"artifact": path, "data": data, "split": split, "max_dets": max_dets, "batch_size": batch_size}
     return _notebook("evaluate", run, parameters)
 
-
+# %% ../nbs/73_cli.ipynb #1799a843
 def export(
     artifact: str,  # A run or a .safetensors
     batch: str = "1",  # Images a call: a number, or "dynamic"
@@ -226,7 +226,7 @@ def dashboard(
     trackio.show(project=settings()["project"], server_port=port, open_browser=open_browser, block_thread=True)
     return Result()
 
-
+# %% ../nbs/73_cli.ipynb #cbe02f1e
 def lab(
     port: int = 8888,  # To serve on
     open_browser: bool = True,  # Open a browser's tab
@@ -287,7 +287,7 @@ def data_show(
     lines = [f"{key:8} {r['images']:>8,} images {r['boxes']:>10,} boxes" for key, r in rows.items()]
     return Result("\n".join([*lines, "", f"open {_near(page)}"]), rows | {"page": str(page)})
 
-
+# %% ../nbs/73_cli.ipynb #f403d138
 def data_import(
     path: str,  # A folder, a JSON file or a data.yaml
     name: str,  # What to call it

@@ -58,7 +58,7 @@ def _hatch(canvas: np.ndarray, box: list[int], thick: int) -> None:
         cv2.line(part, (start, part.shape[0]), (start + part.shape[0], 0), (150, 150, 150), 1, cv2.LINE_AA)
     cv2.rectangle(canvas, box[:2], box[2:], (150, 150, 150), thick)
 
-
+# %% ../nbs/04_draw.ipynb #03b15a0b
 def _write(canvas: np.ndarray, text: str, box: list[int], ink: Colour, thick: int) -> None:
     "A label on its own ground, above the box where there is room, else inside."
     size = 0.36 * thick
@@ -125,7 +125,7 @@ def encode(image: np.ndarray, suffix: str = ".jpg", quality: int = 85) -> bytes:
         raise InputError(f"a picture cannot be written as {suffix}", remedy="use .jpg or .png")
     return data.tobytes()
 
-
+# %% ../nbs/04_draw.ipynb #e959f038
 def save_image(image: np.ndarray, path: str | Path, quality: int = 85) -> Path:
     "Write a picture, whole or not at all; JPEG or PNG by suffix."
     data = encode(image, Path(path).suffix, quality)

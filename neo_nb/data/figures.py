@@ -107,7 +107,7 @@ LEGS = {
     "step": (((0.06, 0.71), (0.035, 0.93)), ((0.06, 0.73), (0.07, 0.965))),
 }
 
-
+# %% ../../nbs/data/13b_figures.ipynb #c95ccaae
 @dataclass(frozen=True)
 class Look:
     "What one person looks like."
@@ -289,7 +289,7 @@ def _draw_hair(canvas: Canvas, look: Look, at: tuple, radii: tuple, nose: int) -
     if nose:
         canvas.ellipse((x - nose * a * 0.6, y - b * 0.1), (a * 0.48, b * 0.68), look.hair, True)
 
-
+# %% ../../nbs/data/13b_figures.ipynb #21f1a4a1
 def _draw_hat(canvas: Canvas, look: Look, at: tuple, radii: tuple, nose: int) -> None:
     (x, y), (a, b) = at, radii
     line = y - b * 0.42

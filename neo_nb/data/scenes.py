@@ -113,7 +113,7 @@ def _extents(numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
             boxes[i] = columns.start, rows.start, columns.stop, rows.stop
     return boxes, np.bincount(numbers.ravel(), minlength=count + 1)[1 : count + 1]
 
-
+# %% ../../nbs/data/14_scenes.ipynb #dd303c5a
 def _annotate(
     figures: list[Figure], bodies: np.ndarray, heads: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -89,7 +89,7 @@ def _classes(ax, annotations: Annotations, objects: np.ndarray) -> None:
     ax.margins(x=0.3)
     ax.set(title="objects by class", xticks=[])
 
-
+# %% ../../nbs/data/1A_statistics.ipynb #2f23e1e6
 def _sides(ax, areas: np.ndarray) -> None:
     sides = np.sqrt(areas)
     top = max(float(np.percentile(sides, 99.5)) if len(sides) else 0, 100)

@@ -85,7 +85,7 @@ def export_onnx(
         temporary.write_bytes(proto.SerializeToString())
     return path
 
-
+# %% ../../nbs/deploy/61_onnx.ipynb #dcc02bff
 def _to_onnx(model: nn.Module, size: tuple[int, int], batch: int | str, max_dets: int, opset: int):
     "The graph as a protobuf."
     network = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format)

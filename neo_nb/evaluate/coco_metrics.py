@@ -110,7 +110,7 @@ def coco_metrics(
     result = {key: _mean(values) for key, values in result.items()}
     return result | {"per_class": _per_class(annotations, precision[..., 0, main], recall[..., 0, main])}
 
-
+# %% ../../nbs/evaluate/40_coco_metrics.ipynb #a7b0db8a
 def _per_class(annotations: Annotations, precision: np.ndarray, recall: np.ndarray) -> dict[str, dict]:
     "AP, AP50 and AR of each class, and how many objects they rest on."
     if not len(annotations):

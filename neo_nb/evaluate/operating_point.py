@@ -129,7 +129,7 @@ class Curve:
         "The numbers where F1 is highest; of equals the highest threshold, 1 when nothing was detected."
         return self.at(float(self.thresholds[self.f1.argmax()]) if len(self.thresholds) else 1.0)
 
-
+# %% ../../nbs/evaluate/41_operating_point.ipynb #0173f37d
 def _curve(scores: np.ndarray, right: np.ndarray, objects: int) -> Curve:
     "The curve of some detections."
     order = np.argsort(-scores, kind="stable")

@@ -66,7 +66,7 @@ class Outputs:
     decoder: DecoderOutputs  # All layers, proposals, denoising
     denoising: Denoising | None = None  # What was asked
 
-# %% ../../nbs/models/34_rtdetr.ipynb #a9f57e1f
+# %% ../../nbs/models/34_rtdetr.ipynb #032324a4
 class RTDETR(nn.Module):
     "A real-time detection transformer."
 
@@ -107,14 +107,18 @@ class RTDETR(nn.Module):
         self.class_names = tuple(f"class_{i}" for i in range(num_classes))
         self.category_ids = tuple(range(1, num_classes + 1))
 
-    @property
-    def num_queries(self) -> int:
-        "How many boxes an image can have; may be set at any time."
-        return self.decoder.num_queries
+# %% ../../nbs/models/34_rtdetr.ipynb #6ea97fbc
+def _get_queries(self: RTDETR) -> int:
+    return self.decoder.num_queries
 
-    @num_queries.setter
-    def num_queries(self, value: int) -> None:
-        self.decoder.num_queries = value
+
+def _set_queries(self: RTDETR, value: int) -> None:
+    self.decoder.num_queries = value
+
+
+RTDETR.num_queries = property(
+    _get_queries, _set_queries, doc="How many boxes an image can have; may be set at any time."
+)
 
 # %% ../../nbs/models/34_rtdetr.ipynb #f670b187
 def normalise(

@@ -137,7 +137,7 @@ class WeightsReport:
 
 CLASS_HEADS = ("decoder.enc_score.", "decoder.score.", "decoder.denoising_class.")
 
-
+# %% ../../nbs/models/38_weights.ipynb #fa6330c3
 @torch.no_grad()
 def load_weights(
     model: RTDETR,  # Changed in place
