@@ -12,7 +12,8 @@ from train_worker import pictures
 from neo_nb.core import InputError
 from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config
-from neo_nb.train.trainer import NonFiniteLoss, Trainer, train
+from neo_nb.train.loop import NonFiniteLoss
+from neo_nb.train.trainer import Trainer, train
 
 WORKER = Path(__file__).with_name("train_worker.py")
 
