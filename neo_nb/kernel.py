@@ -86,7 +86,8 @@ class ThisPython(AsyncKernelManager):
     @property
     def kernel_spec(self) -> KernelSpec:
         "A specification made on the spot."
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        quiet = "--log-level=50"  # what went wrong is in the notebook; the kernel's own log is for nobody
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", quiet]
         encrypted = {"supported_encryption": ["curve"]}  # its sockets are the machine's, and other users' too
         return KernelSpec(argv=argv, display_name="Python 3", language="python", metadata=encrypted)
 
