@@ -148,8 +148,11 @@ def build_model(config: TrainConfig, table: Annotations) -> RTDETR:
         print(load_weights(model, config.weights))
     if config.freeze_norms:
         freeze_norms(model)
-    if config.sync_bn and PartialState().num_processes > 1 and torch.cuda.is_available():
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif config.sync_bn and PartialState().num_processes > 1 and torch.cuda.is_available():
+        parts = ["encoder", "decoder"]  # converting makes new norms, which would no longer be frozen
+        parts += ["backbone"] if not model.config.freeze_bn and model.config.freeze_at < 0 else []
+        for part in parts:
+            setattr(model, part, nn.SyncBatchNorm.convert_sync_batchnorm(getattr(model, part)))
     return model.to(memory_format=torch.channels_last)
 
 # %% ../../nbs/train/54_loop.ipynb #f588bf2e
