@@ -74,6 +74,8 @@ def main(order: dict) -> None:
     if trainer.accelerator.is_main_process:
         done = {"losses": losses, "batch_size": trainer.batch_size, "accumulation": trainer.accumulation}
         Path(order["run"], "done.json").write_text(json.dumps(done | {"interrupted": result["interrupted"]}))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

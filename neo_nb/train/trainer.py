@@ -263,4 +263,7 @@ def train(
     trainer = Trainer(config, Path(run), train_table, val_table)
     if resume:
         trainer.load(Path(run) / "weights" / "last.pt")
-    return trainer.fit()
+    result = trainer.fit()
+    if trainer.accelerator.num_processes > 1:
+        trainer.accelerator.end_training()  # or a process may leave while another still talks to it
+    return result
