@@ -114,7 +114,9 @@ def _cut_blocks(network: nn.Module, blocks: int) -> None:
     for part in network.modules():
         if type(part).__name__.endswith("CSPRepLayer"):
             if blocks > len(part.bottlenecks):
-                raise InputError(f"transformers has {len(part.bottlenecks)} blocks in a fusion, {blocks} were asked for")
+                raise InputError(
+                    f"transformers has {len(part.bottlenecks)} blocks in a fusion, {blocks} were asked for"
+                )
             part.bottlenecks = part.bottlenecks[:blocks]
 
 # %% ../../nbs/models/36_peer.ipynb #57439757

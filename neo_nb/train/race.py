@@ -240,7 +240,9 @@ def _run_all(waiting: list[Path], jobs: int, folder: Path) -> None:
                 for path in [path for path, process in running.items() if process.poll() is not None]:
                     if running.pop(path).returncode:
                         last = path.with_suffix(".log").read_text().strip().splitlines()[-1:]
-                        raise RuntimeError(f"{path.stem}: {''.join(last)}; its output is in {path.with_suffix('.log')}")
+                        raise RuntimeError(
+                            f"{path.stem}: {''.join(last)}; its output is in {path.with_suffix('.log')}"
+                        )
                     read_race(folder)
                     bar.update()
         finally:
