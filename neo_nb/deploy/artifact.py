@@ -225,7 +225,9 @@ def load_artifact(
         model, record = load_model(path, device=device)
         return TorchArtifact(model.to(memory_format=torch.channels_last), size, record)
     raise InputError(
-        f"{path.suffix or 'a file without suffix'} is no artifact", path, "known: .safetensors, .onnx, .pth, a run folder, a transformers folder"
+        f"{path.suffix or 'a file without suffix'} is no artifact",
+        path,
+        "known: .safetensors, .onnx, .pth, a run folder, a transformers folder",
     )
 
 

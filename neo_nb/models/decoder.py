@@ -200,9 +200,7 @@ def forward(
     last = (len(self.layers) if self.training else self.eval_layers) - 1
     for i, layer in enumerate(self.layers[: last + 1]):
         position = self.query_position(reference.to(x.dtype))
-        x = checkpointed(
-            layer, x, position, reference, memory, sizes, valid, share, mask, on=self.checkpointing
-        )
+        x = checkpointed(layer, x, position, reference, memory, sizes, valid, share, mask, on=self.checkpointing)
         delta = self.box[i](x).float()
         if self.training or i == last:
             logits.append(self.score[i](x).float())

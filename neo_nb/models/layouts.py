@@ -69,8 +69,10 @@ INSIDE: list[tuple[str, str | Callable]] = [
     (r"\.attention_weights\.", ".weights."),
     (r"\.value_proj\.", ".value."),
     (r"\.output_proj\.", ".out."),
-    (r"\.(enc_bbox_head|bbox_embed\.\d+|dec_bbox_head\.\d+|query_pos_head)\.layers\.(\d)\.",
-     lambda m: f".{m[1]}.{2 * int(m[2])}."),
+    (
+        r"\.(enc_bbox_head|bbox_embed\.\d+|dec_bbox_head\.\d+|query_pos_head)\.layers\.(\d)\.",
+        lambda m: f".{m[1]}.{2 * int(m[2])}.",
+    ),
     (r"\.enc_score_head\.", ".enc_score."),
     (r"\.enc_bbox_head\.", ".enc_box."),
     (r"\.(class_embed|dec_score_head)\.", ".score."),
@@ -104,7 +106,9 @@ def translate(
     tensors: dict[str, Tensor],  # Of a published checkpoint
 ) -> dict[str, Tensor]:  # In this house's names; what has none keeps its own
     "Rename everything; queries' and keys' projections become one tensor. What follows from the rest is left out."
-    count = len({m[2] for name in tensors if (m := re.search(r"(encoder_input_proj|encoder\.input_proj)\.(\d+)\.", name))})
+    count = len(
+        {m[2] for name in tensors if (m := re.search(r"(encoder_input_proj|encoder\.input_proj)\.(\d+)\.", name))}
+    )
     strides = [8 * 2**i for i in range(max(count, len(_decoder_levels(tensors))))]
     new = {our_name(name, strides): x for name, x in tensors.items() if not DERIVED.search(name)}
     for name in [n for n in new if ".attention.qkv." in n]:
@@ -125,7 +129,9 @@ def _decoder_levels(tensors: dict[str, Tensor]) -> set[str]:
 # %% ../../nbs/models/37b_layouts.ipynb #619ad9ee
 def read_foreign(
     source: str | Path,  # A transformers folder, a hub repository ("PekingU/rtdetr_v2_r18vd"), or a .pth
-) -> tuple[dict[str, Tensor], list[str] | None, dict]:  # Tensors in our names, class names, transformers' configuration
+) -> tuple[
+    dict[str, Tensor], list[str] | None, dict
+]:  # Tensors in our names, class names, transformers' configuration
     "Open a published checkpoint. Raises `InputError` when it cannot be read or is no RT-DETR."
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
@@ -172,7 +178,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             inner = inner.get(key) if isinstance(inner, dict) else None
         if isinstance(inner, dict) and inner and all(isinstance(v, Tensor) for v in inner.values()):
             return inner
-    raise InputError("found no weights in it", path, "they are expected plain, under 'model', or under 'ema', 'module'")
+    raise InputError(
+        "found no weights in it", path, "they are expected plain, under 'model', or under 'ema', 'module'"
+    )
 
 
 def _download(name: str) -> Path:
@@ -206,7 +214,9 @@ def infer_config(
         channels=len(decoder["decoder.enc_output.0.weight"]),
         encoder_channels=encoder_channels,
         encoder_feedforward=len(tensors["encoder.aifi.linear1.weight"]),
-        blocks=len({n for n in tensors if re.fullmatch(r"encoder\.fuse_top_down\.16\.deep\.\d+\.conv3\.0\.weight", n)}),
+        blocks=len(
+            {n for n in tensors if re.fullmatch(r"encoder\.fuse_top_down\.16\.deep\.\d+\.conv3\.0\.weight", n)}
+        ),
         expansion=expansion,
         strides=strides,
         num_queries=config.get("num_queries", 300),

@@ -167,7 +167,12 @@ class WeightsReport:
 
     def __str__(self) -> str:
         text = f"weights from {self.source}: {self.placed} tensors placed"
-        parts = {"class heads by name": self.by_class, "by level": self.by_level, "left fresh": self.fresh, "unused": self.unused}
+        parts = {
+            "class heads by name": self.by_class,
+            "by level": self.by_level,
+            "left fresh": self.fresh,
+            "unused": self.unused,
+        }
         return text + "".join(
             f"; {len(v)} {k} ({', '.join(v[:4])}{', …' * (len(v) > 4)})" for k, v in parts.items() if v
         )
