@@ -572,6 +572,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'neo_nb/models/decoder.py'),
                                        'neo_nb.models.decoder.DecoderOutputs': ( 'models/decoder.html#decoderoutputs',
                                                                                  'neo_nb/models/decoder.py'),
+                                       'neo_nb.models.decoder.choose': ('models/decoder.html#choose', 'neo_nb/models/decoder.py'),
                                        'neo_nb.models.decoder.forward': ('models/decoder.html#forward', 'neo_nb/models/decoder.py'),
                                        'neo_nb.models.decoder.locate': ('models/decoder.html#locate', 'neo_nb/models/decoder.py'),
                                        'neo_nb.models.decoder.make_anchors': ( 'models/decoder.html#make_anchors',
