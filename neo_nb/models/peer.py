@@ -22,7 +22,7 @@ from .backbones import RESNETS, Bottleneck
 from .rtdetr import RTDETR, InputContract, Outputs, RTDETRConfig
 from .zoo import VARIANTS
 
-# %% ../../nbs/models/36_peer.ipynb #7e6065ae
+# %% ../../nbs/models/36_peer.ipynb #d008668e
 PEERS = ("rt_detr", "rt_detr_v2")  # transformers' own names of the two
 
 
@@ -50,7 +50,7 @@ def peer_config(
     make = classes[pick(kind, PEERS, "peer")]
     return make(backbone_config=backbone, num_labels=num_classes, **_sizes(config, widths))
 
-
+# %% ../../nbs/models/36_peer.ipynb #53484e38
 def _sizes(config: RTDETRConfig, widths: list[int]) -> dict[str, Any]:
     return {
         "freeze_backbone_batch_norms": config.freeze_bn,
@@ -69,7 +69,7 @@ def _sizes(config: RTDETRConfig, widths: list[int]) -> dict[str, Any]:
         "num_denoising": config.num_denoising,
     }
 
-# %% ../../nbs/models/36_peer.ipynb #2dec8ae2
+# %% ../../nbs/models/36_peer.ipynb #9429a145
 @dataclass(frozen=True)
 class PeerOutputs(Outputs):
     "What transformers' network says of a batch."
@@ -77,7 +77,7 @@ class PeerOutputs(Outputs):
     decoder: None = None  # The loss is done when the outputs are here
     terms: dict[str, Tensor] | None = None  # Of the loss, weighted, by transformers' names
 
-
+# %% ../../nbs/models/36_peer.ipynb #835553df
 class TransformersDetector(RTDETR):
     "transformers' RT-DETR or RT-DETRv2 with the sizes of a configuration of ours."
 
@@ -109,7 +109,7 @@ class TransformersDetector(RTDETR):
         self.class_names = tuple(f"class_{i}" for i in range(num_classes))
         self.category_ids = tuple(range(1, num_classes + 1))
 
-
+# %% ../../nbs/models/36_peer.ipynb #eb7a15e1
 def _cut_blocks(network: nn.Module, blocks: int) -> None:
     for part in network.modules():
         if type(part).__name__.endswith("CSPRepLayer"):
