@@ -64,7 +64,7 @@ def _sizes(config: RTDETRConfig, widths: list[int]) -> dict[str, Any]:
         "decoder_ffn_dim": config.feedforward,
         "decoder_layers": config.decoder_layers,
         "decoder_attention_heads": config.heads,
-        "decoder_n_points": config.points,
+        "decoder_n_points": config.points if isinstance(config.points, int) else config.points[0],
         "num_queries": config.num_queries,
         "num_denoising": config.num_denoising,
     }
@@ -104,7 +104,7 @@ class TransformersDetector(RTDETR):
         for name in set(network._modules) & set(network.model.decoder._modules):  # the heads of v2
             network.model.decoder.__dict__[name] = getattr(network, name)
             del network.model.decoder._modules[name]
-        self.network = network
+        self.peer = network
         self.contract, self.model_name, self.size = InputContract(), kind, None
         self.class_names = tuple(f"class_{i}" for i in range(num_classes))
         self.category_ids = tuple(range(1, num_classes + 1))
@@ -131,7 +131,7 @@ def forward(
     labels = None
     if self.training and targets is not None:
         labels = [{"class_labels": t.labels, "boxes": t.boxes} for t in targets]
-    out = self.network(pixel_values=x, labels=labels)
+    out = self.peer(pixel_values=x, labels=labels)
     return PeerOutputs(out.logits, out.pred_boxes, (x.shape[-2], x.shape[-1]), terms=out.loss_dict)
 
 
