@@ -68,7 +68,7 @@ def test_the_peer_is_transformers_network_and_loss_unchanged(kind):
     outputs = peer(images, None, objects)
     torch.manual_seed(1)
     labels = [{"class_labels": t.labels, "boxes": t.boxes} for t in objects]
-    theirs = peer.network(pixel_values=images.contiguous(memory_format=torch.channels_last), labels=labels)
+    theirs = peer.peer(pixel_values=images.contiguous(memory_format=torch.channels_last), labels=labels)
     torch.testing.assert_close(sum(peer.loss(outputs).values()), theirs.loss)
     torch.testing.assert_close(outputs.boxes, theirs.pred_boxes)
 
