@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from ..core import InputError
 from ..losses.denoising import Denoising, attention_mask
 from .hybrid_encoder import Frame
-from .layers import ConvNorm, DeformableAttention, Mlp, SelfAttention, checkpointed, inverse_sigmoid, remembered
+from neo_nb.models.layers import (
+    ConvNorm,
+    DeformableAttention,
+    Mlp,
+    SelfAttention,
+    checkpointed,
+    inverse_sigmoid,
+    remembered,
+)
 
 # %% ../../nbs/models/33_decoder.ipynb #ce9adbdc
 @remembered

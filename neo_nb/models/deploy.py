@@ -91,7 +91,12 @@ def pack(
 ) -> nn.Module:
     "Hand every convolution with its activation to oneDNN."
     for name, part in module.named_children():
-        if isinstance(part, nn.Sequential) and len(part) == 2 and isinstance(part[0], nn.Conv2d) and type(part[1]) in _POST:
+        if (
+            isinstance(part, nn.Sequential)
+            and len(part) == 2
+            and isinstance(part[0], nn.Conv2d)
+            and type(part[1]) in _POST
+        ):
             setattr(module, name, PackedConv(*part))
         else:
             pack(part)
