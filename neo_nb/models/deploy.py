@@ -85,7 +85,7 @@ class PackedBlock(nn.Module):
             self.branch(x), aside, conv.weight, conv.bias, *conv.where, "add", 1.0, "relu", [], ""
         )
 
-
+# %% ../../nbs/models/35_deploy.ipynb #ba28cbcd
 def pack(
     module: nn.Module,  # After `fuse`; changed in place
 ) -> nn.Module:
