@@ -351,6 +351,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'neo_nb/deploy/artifact.py'),
                                         'neo_nb.deploy.artifact.TorchArtifact.__init__': ( 'deploy/artifact.html#torchartifact.__init__',
                                                                                            'neo_nb/deploy/artifact.py'),
+                                        'neo_nb.deploy.artifact.TorchArtifact.network': ( 'deploy/artifact.html#torchartifact.network',
+                                                                                          'neo_nb/deploy/artifact.py'),
                                         'neo_nb.deploy.artifact.TorchArtifact.run': ( 'deploy/artifact.html#torchartifact.run',
                                                                                       'neo_nb/deploy/artifact.py'),
                                         'neo_nb.deploy.artifact._nothing': ('deploy/artifact.html#_nothing', 'neo_nb/deploy/artifact.py'),
