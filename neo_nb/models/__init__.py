@@ -8,8 +8,18 @@ Detectors by name, and their weights."""
 __all__ = []
 
 # %% ../../nbs/models/3Z_face.ipynb #7a2bd0d4
+from .hub import from_pretrained, push_to_hub, save_pretrained
 from .weights import load_model, load_weights, save_weights
 from .zoo import create_model, list_models
 
 # %% ../../nbs/models/3Z_face.ipynb #f5c70386
-__all__ = ["create_model", "list_models", "load_model", "load_weights", "save_weights"]
+__all__ = [
+    "create_model",
+    "from_pretrained",
+    "list_models",
+    "load_model",
+    "load_weights",
+    "push_to_hub",
+    "save_pretrained",
+    "save_weights",
+]
