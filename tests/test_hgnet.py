@@ -114,7 +114,7 @@ def test_frozen_parts_do_not_move(at):
     model.train()
     sum(x.square().mean() for x in model(torch.rand(2, 3, 64, 96))).backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
-    for i, part in enumerate(parts):
+    for i in range(len(parts)):
         prefix = "stem." if i == 0 else f"stages.{i - 1}."
         moved = [k for k, v in model.state_dict().items() if k.startswith(prefix) and not torch.equal(v, before[k])]
         assert bool(moved) == (i > at), (prefix, moved[:3])

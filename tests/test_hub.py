@@ -322,7 +322,13 @@ def test_a_folder_with_a_part_missing_says_which(model, tmp_path):
     folder = save_pretrained(model, folder)  # ours still: written again
     (folder / CARD).write_text("no header, no line of ours")
     save_pretrained(model, folder)
-    assert YOURS in (folder / CARD).read_text() and same(model, from_pretrained(folder)[0])
+    card = (folder / CARD).read_text()
+    assert YOURS in card and "no header, no line of ours" in card.split(YOURS)[1]  # nobody's words are lost
+    (folder / CARD).write_text("---\nlicense: [\n---\n")
+    with pytest.raises(InputError, match="README.md: its header cannot be read"):
+        save_pretrained(model, folder)
+    (folder / CARD).write_text(card)
+    assert same(model, from_pretrained(folder)[0])
 
 
 def test_class_names_of_any_kind(tmp_path):

@@ -79,7 +79,7 @@ def check_metrics(metrics: dict | None) -> None:
     except (TypeError, ValueError) as error:
         raise InputError(f"metrics cannot be written ({error})", remedy="plain finite numbers, please") from error
 
-# %% ../../nbs/models/39_hub.ipynb #24440c0d
+# %% ../../nbs/models/39_hub.ipynb #66a41dec
 def model_card(
     record: dict,  # As in `model_record`
     name: str,  # What to load it by: a folder, or owner/name
@@ -89,12 +89,19 @@ def model_card(
     "The text of README.md."
     from huggingface_hub import ModelCard, ModelCardData
 
-    before = ModelCard(old) if old else None
-    licence = licence or (before.data.get("license") if before else None)
-    tags = ["rt-detr", record["model"]]
-    header = ModelCardData(library_name="neo_nb", pipeline_tag="object-detection", license=licence, tags=tags)
-    own = old.split(YOURS, 1)[1] if YOURS in old else "\n"
-    return f"---\n{header.to_yaml()}\n---\n\n{_body(record, name, licence)}\n\n{YOURS}{own}"
+    try:
+        before = ModelCard(old) if old.startswith("---") else None
+    except Exception as error:  # of yaml, or of the card's own rules
+        what = f"its header cannot be read ({str(error).splitlines()[0]})"
+        raise InputError(what, CARD, "correct the YAML between the lines of ---, or remove the file") from error
+    header = before.data if before else ModelCardData()  # what else the owner says in it stays
+    header.library_name, header.pipeline_tag = "neo_nb", "object-detection"
+    header.license = licence or header.get("license")
+    others = [tag for tag in header.get("tags") or [] if not tag.startswith("rtdetr")]
+    header.tags = list(dict.fromkeys(["rt-detr", record["model"], *others]))
+    text = before.text if before else old
+    own = text.split(YOURS, 1)[1] if YOURS in text else f"\n\n{text}" if text.strip() else "\n"
+    return f"---\n{header.to_yaml()}\n---\n\n{_body(record, name, header.license)}\n\n{YOURS}{own}"
 
 
 def _body(record: dict, name: str, licence: str | None) -> str:
