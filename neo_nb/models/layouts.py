@@ -45,7 +45,7 @@ PARTS: list[tuple[str, str | Callable]] = [  # Both layouts, after transformers'
     (r"^(enc_output|enc_score_head|enc_bbox_head|denoising_class_embed|class_embed|bbox_embed)\.", r"decoder.\1."),
 ]
 
-# %% ../../nbs/models/37b_layouts.ipynb #8ab61edd
+# %% ../../nbs/models/37b_layouts.ipynb #c4979b2e
 INSIDE: list[tuple[str, str | Callable]] = [
     (r"^(encoder\.fuse_\w+\.\d+)\.conv1\.", r"\1.deep.0."),
     (r"^(encoder\.fuse_\w+\.\d+)\.conv2\.", r"\1.short."),
@@ -82,7 +82,7 @@ INSIDE: list[tuple[str, str | Callable]] = [
 ]
 DERIVED = re.compile(r"n(um)?_points_scale$|^decoder\.(anchors|valid_mask)$|^encoder\.pos_embed\d+$")
 
-# %% ../../nbs/models/37b_layouts.ipynb #1f51e46d
+# %% ../../nbs/models/37b_layouts.ipynb #50f10cc9
 def our_name(
     name: str,  # As in a published checkpoint
     strides: list[int],  # Of its levels, fine to coarse
@@ -126,7 +126,7 @@ def _decoder_levels(tensors: dict[str, Tensor]) -> set[str]:
     found = (re.search(r"(decoder_input_proj|decoder\.input_proj)\.(\d+)\.", name) for name in tensors)
     return {m[2] for m in found if m}
 
-# %% ../../nbs/models/37b_layouts.ipynb #619ad9ee
+# %% ../../nbs/models/37b_layouts.ipynb #18418d9e
 def read_foreign(
     source: str | Path,  # A transformers folder, a hub repository ("PekingU/rtdetr_v2_r18vd"), or a .pth
 ) -> tuple[
@@ -160,7 +160,7 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict]:
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"the folder cannot be read ({error})", path, "save or copy it again") from error
 
-
+# %% ../../nbs/models/37b_layouts.ipynb #5e3e2e73
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
@@ -192,7 +192,7 @@ def _download(name: str) -> Path:
         what = f"cannot be fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
         raise InputError(what, name, "check the name and the network, or give a local folder") from error
 
-# %% ../../nbs/models/37b_layouts.ipynb #95e76be9
+# %% ../../nbs/models/37b_layouts.ipynb #817d6773
 def infer_config(
     tensors: dict[str, Tensor],  # In our names
     config: dict | None = None,  # transformers' configuration, if there is one
@@ -228,7 +228,7 @@ def infer_config(
         sampling="discrete" if config.get("decoder_method") == "discrete" else "bilinear",
     )
 
-
+# %% ../../nbs/models/37b_layouts.ipynb #0ad3d9eb
 def _backbone(tensors: dict[str, Tensor]) -> str:
     "By the number of blocks a stage and the kind of block."
     from neo_nb.models.backbones import RESNETS

@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['PEERS', 'peer_config', 'PeerOutputs', 'TransformersDetector', 'forward', 'loss']
 
-# %% ../../nbs/models/36_peer.ipynb #a2a7850b
+# %% ../../nbs/models/36_peer.ipynb #a0cc5991
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from ..core import InputError, pick
 from ..data.batch import Targets
 from .backbones import RESNETS, Bottleneck
+from .hybrid_encoder import Frame
 from .rtdetr import RTDETR, InputContract, Outputs, RTDETRConfig
 from .zoo import VARIANTS
 
-# %% ../../nbs/models/36_peer.ipynb #7e6065ae
+# %% ../../nbs/models/36_peer.ipynb #ad3cd595
 PEERS = ("rt_detr", "rt_detr_v2")  # transformers' own names of the two
 
 
@@ -36,6 +37,10 @@ def peer_config(
 
     if config.backbone not in RESNETS:
         raise InputError(f"transformers has no backbone {config.backbone!r} to race", remedy=f"one of {list(RESNETS)}")
+    points = {config.points} if isinstance(config.points, int) else set(config.points)
+    if config.strides != (8, 16, 32) or len(points) > 1 or (config.sampling, kind) == ("discrete", "rt_detr"):
+        what = f"transformers' {kind} has no strides {config.strides} with points {config.points}, {config.sampling}"
+        raise InputError(what, remedy="race strides 8, 16, 32, with as many points on each level")
     row = {"widths": (64, 128, 256, 512), "stem": 64} | RESNETS[config.backbone]
     deep = row["block"] is Bottleneck
     widths = [width * row["block"].expansion for width in row["widths"]]
@@ -48,9 +53,10 @@ def peer_config(
     )
     classes = {"rt_detr": RTDetrConfig, "rt_detr_v2": RTDetrV2Config}
     make = classes[pick(kind, PEERS, "peer")]
-    return make(backbone_config=backbone, num_labels=num_classes, **_sizes(config, widths))
+    method = {"decoder_method": "discrete"} if config.sampling == "discrete" else {}
+    return make(backbone_config=backbone, num_labels=num_classes, **method, **_sizes(config, widths))
 
-
+# %% ../../nbs/models/36_peer.ipynb #99608b2f
 def _sizes(config: RTDETRConfig, widths: list[int]) -> dict[str, Any]:
     return {
         "freeze_backbone_batch_norms": config.freeze_bn,
@@ -69,7 +75,7 @@ def _sizes(config: RTDETRConfig, widths: list[int]) -> dict[str, Any]:
         "num_denoising": config.num_denoising,
     }
 
-# %% ../../nbs/models/36_peer.ipynb #2dec8ae2
+# %% ../../nbs/models/36_peer.ipynb #9429a145
 @dataclass(frozen=True)
 class PeerOutputs(Outputs):
     "What transformers' network says of a batch."
@@ -77,7 +83,7 @@ class PeerOutputs(Outputs):
     decoder: None = None  # The loss is done when the outputs are here
     terms: dict[str, Tensor] | None = None  # Of the loss, weighted, by transformers' names
 
-
+# %% ../../nbs/models/36_peer.ipynb #f7caa287
 class TransformersDetector(RTDETR):
     "transformers' RT-DETR or RT-DETRv2 with the sizes of a configuration of ours."
 
@@ -109,7 +115,7 @@ class TransformersDetector(RTDETR):
         self.class_names = tuple(f"class_{i}" for i in range(num_classes))
         self.category_ids = tuple(range(1, num_classes + 1))
 
-
+# %% ../../nbs/models/36_peer.ipynb #eb7a15e1
 def _cut_blocks(network: nn.Module, blocks: int) -> None:
     for part in network.modules():
         if type(part).__name__.endswith("CSPRepLayer"):
@@ -119,20 +125,24 @@ def _cut_blocks(network: nn.Module, blocks: int) -> None:
                 )
             part.bottlenecks = part.bottlenecks[:blocks]
 
-# %% ../../nbs/models/36_peer.ipynb #57439757
+# %% ../../nbs/models/36_peer.ipynb #7da6c2c2
 def forward(
     self: TransformersDetector,
     images: Shaped[Tensor, "b 3 h w"],  # uint8 in 0..255 or float in 0..1, RGB, content top left
-    sizes: Int64[Tensor, "b 2"] | None = None,  # Not used: transformers does not look where the content ends
+    sizes: Int64[Tensor, "b 2"] | None = None,  # (height, width) of the content; the whole picture when None
     targets: tuple[Targets, ...] | None = None,  # The objects; in training
 ) -> PeerOutputs:
     "Detect; in training, the terms of the loss come along."
     x = self.normalise(images).contiguous(memory_format=torch.channels_last)
+    padded, share = (x.shape[-2], x.shape[-1]), x.new_ones(1, 4)
+    if sizes is not None:  # boxes are fractions of a picture's canvas; theirs, of the whole input
+        share = Frame(sizes, padded, self.contract.divisor).share().repeat(1, 2)
     labels = None
     if self.training and targets is not None:
-        labels = [{"class_labels": t.labels, "boxes": t.boxes} for t in targets]
+        rows = share.expand(len(x), 4)
+        labels = [{"class_labels": t.labels, "boxes": t.boxes * row} for t, row in zip(targets, rows)]
     out = self.peer(pixel_values=x, labels=labels)
-    return PeerOutputs(out.logits, out.pred_boxes, (x.shape[-2], x.shape[-1]), terms=out.loss_dict)
+    return PeerOutputs(out.logits, out.pred_boxes / share[:, None], padded, terms=out.loss_dict)
 
 
 def loss(

@@ -137,7 +137,7 @@ def _load_foreign(path: str | Path, class_names: Sequence[str] | None, device) -
     model.size = (640, 640)
     return model.to(device).eval(), model_record(model) | {"source": str(path)}
 
-
+# %% ../../nbs/models/38_weights.ipynb #e170bedc
 def load_strictly(
     model: torch.nn.Module,
     tensors: dict[str, Tensor],
