@@ -8,9 +8,19 @@ Detectors by name, and their weights."""
 __all__ = []
 
 # %% ../../nbs/models/3Z_face.ipynb #83fc2230
-from .deploy import fuse
+import neo_nb.models.deploy  # noqa: F401  gives RTDETR its deploy()
+from .hub import from_pretrained, push_to_hub, save_pretrained
 from .weights import load_model, load_weights, save_weights
 from .zoo import create_model, list_models
 
 # %% ../../nbs/models/3Z_face.ipynb #e954df14
-__all__ = ["create_model", "fuse", "list_models", "load_model", "load_weights", "save_weights"]
+__all__ = [
+    "create_model",
+    "from_pretrained",
+    "list_models",
+    "load_model",
+    "load_weights",
+    "push_to_hub",
+    "save_pretrained",
+    "save_weights",
+]

@@ -36,8 +36,9 @@ class ConvNorm(nn.Sequential):
         kernel: int = 1,  # Side of the kernel; padding keeps the size at stride 1
         stride: int = 1,
         activation: str | None = None,  # A key of `ACTIVATIONS`
+        groups: int = 1,  # `inputs` for a depthwise convolution
     ):
-        conv = nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False)
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
         super().__init__(conv, nn.BatchNorm2d(outputs), ACTIVATIONS[activation]())
 
 
