@@ -710,6 +710,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'neo_nb.models.peer.TransformersDetector.__init__': ( 'models/peer.html#transformersdetector.__init__',
                                                                                           'neo_nb/models/peer.py'),
                                     'neo_nb.models.peer._cut_blocks': ('models/peer.html#_cut_blocks', 'neo_nb/models/peer.py'),
+                                    'neo_nb.models.peer._hgnet': ('models/peer.html#_hgnet', 'neo_nb/models/peer.py'),
+                                    'neo_nb.models.peer._resnet': ('models/peer.html#_resnet', 'neo_nb/models/peer.py'),
                                     'neo_nb.models.peer._sizes': ('models/peer.html#_sizes', 'neo_nb/models/peer.py'),
                                     'neo_nb.models.peer.forward': ('models/peer.html#forward', 'neo_nb/models/peer.py'),
                                     'neo_nb.models.peer.loss': ('models/peer.html#loss', 'neo_nb/models/peer.py'),

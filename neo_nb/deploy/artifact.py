@@ -134,7 +134,9 @@ class TorchArtifact(Artifact):
     @torch.inference_mode()
     def run(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         sizes = batch.sizes, batch.original_sizes
-        images, *sizes = (x.to(next(self.model.parameters()).device, non_blocking=True) for x in (batch.images, *sizes))
+        images, *sizes = (
+            x.to(next(self.model.parameters()).device, non_blocking=True) for x in (batch.images, *sizes)
+        )
         found = self.network.detect(self.network(images, sizes[0]), *sizes)
         return tuple(part.cpu().numpy() for part in found)
 

@@ -7,7 +7,7 @@ Published RT-DETR weights in this house's names: `translate` renames the tensors
 # %% auto #0
 __all__ = ['LEVELS', 'PARTS', 'INSIDE', 'DERIVED', 'our_name', 'translate', 'read_foreign', 'infer_config']
 
-# %% ../../nbs/models/37b_layouts.ipynb #c0ed6240
+# %% ../../nbs/models/37b_layouts.ipynb #36c21a71
 import json
 import re
 from collections.abc import Callable
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ..core import InputError
+from .backbones import RESNETS
+from .hgnet import HGNET_KEYS, HGNETS
 from .rtdetr import RTDETRConfig
 
 # %% ../../nbs/models/37b_layouts.ipynb #bee2745b
@@ -82,14 +84,14 @@ INSIDE: list[tuple[str, str | Callable]] = [
 ]
 DERIVED = re.compile(r"n(um)?_points_scale$|^decoder\.(anchors|valid_mask)$|^encoder\.pos_embed\d+$")
 
-# %% ../../nbs/models/37b_layouts.ipynb #50f10cc9
+# %% ../../nbs/models/37b_layouts.ipynb #dc29cdcc
 def our_name(
     name: str,  # As in a published checkpoint
     strides: list[int],  # Of its levels, fine to coarse
 ) -> str:  # As in `RTDETR.state_dict()`; unknown names come back as they are
     "One tensor's name."
     new = name.removeprefix("model.")
-    for pattern, to in PARTS:
+    for pattern, to in (*HGNET_KEYS, *PARTS):
         new = re.sub(pattern, to, new)
     part = re.match(r"(\w+)\.(\w+)@(\d+)\.", new)
     if part:
@@ -228,11 +230,13 @@ def infer_config(
         sampling="discrete" if config.get("decoder_method") == "discrete" else "bilinear",
     )
 
-# %% ../../nbs/models/37b_layouts.ipynb #0ad3d9eb
+# %% ../../nbs/models/37b_layouts.ipynb #768c5e68
 def _backbone(tensors: dict[str, Tensor]) -> str:
     "By the number of blocks a stage and the kind of block."
-    from neo_nb.models.backbones import RESNETS
-
+    heads = {(int(m[1]), int(m[2])) for n in tensors if (m := re.match(r"backbone\.stages\.(\d)\.blocks\.(\d+)\.", n))}
+    for name, row in HGNETS.items():
+        if heads == {(stage, block) for stage, count in enumerate(row["blocks"]) for block in range(count)}:
+            return name
     blocks = [m for n in tensors if (m := re.fullmatch(r"backbone\.stages\.(\d)\.(\d+)\.branch\.(\d)\.0\.weight", n))]
     depths = tuple(1 + max(int(m[2]) for m in blocks if m[1] == str(stage)) for stage in range(4)) if blocks else ()
     deep = any(m[3] == "2" for m in blocks)
