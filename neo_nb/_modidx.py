@@ -742,6 +742,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'neo_nb.models.weights._by_level': ('models/weights.html#_by_level', 'neo_nb/models/weights.py'),
                                        'neo_nb.models.weights._classes': ('models/weights.html#_classes', 'neo_nb/models/weights.py'),
                                        'neo_nb.models.weights._config': ('models/weights.html#_config', 'neo_nb/models/weights.py'),
+                                       'neo_nb.models.weights._inside': ('models/weights.html#_inside', 'neo_nb/models/weights.py'),
                                        'neo_nb.models.weights._load_foreign': ( 'models/weights.html#_load_foreign',
                                                                                 'neo_nb/models/weights.py'),
                                        'neo_nb.models.weights._read': ('models/weights.html#_read', 'neo_nb/models/weights.py'),

@@ -166,7 +166,7 @@ def reset(self: Decoder) -> None:
 
 Decoder.reset = reset
 
-# %% ../../nbs/models/33_decoder.ipynb #b887c25f
+# %% ../../nbs/models/33_decoder.ipynb #2536d6fa
 def tokens(
     self: Decoder,
     maps: list[Tensor],  # (b, d, h, w) each, fine to coarse
@@ -197,7 +197,7 @@ def select(
     usable: Bool[Tensor, "#b t"],  # False near the border and in the padding
 ) -> tuple[Tensor, Tensor, Tensor]:  # Content (b q d), logits (b q c), boxes before the sigmoid (b q 4)
     "The `num_queries` tokens with the highest class score."
-    content = self.enc_output(memory * usable[..., None].to(memory.dtype))
+    content = self.enc_output(memory)
     logits = self.enc_score(content)
     chosen = self.choose(logits, usable)[..., None]
     content, logits = (y.gather(1, chosen.expand(-1, -1, y.shape[-1])) for y in (content, logits))
