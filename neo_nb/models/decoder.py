@@ -72,7 +72,7 @@ def make_anchors(
     centre, extent = token_boxes(levels, device)
     return _as_logits(centre / share[:, None], extent)
 
-# %% ../../nbs/models/33_decoder.ipynb #fa2db68c
+# %% ../../nbs/models/33_decoder.ipynb #cf27549d
 class DecoderLayer(nn.Module):
     "Self-attention, deformable attention, feed-forward; each added and normed."
 
@@ -90,7 +90,7 @@ class DecoderLayer(nn.Module):
         x: Float[Tensor, "b q d"],
         position: Float[Tensor, "b q d"],
         reference: Float[Tensor, "b q 4"],  # cxcywh, fractions of the canvas
-        memory: Float[Tensor, "b t d"],
+        memory: Float[Tensor, "b t d"] | list[Tensor],
         shapes: list[tuple[int, int]],
         valid: Bool[Tensor, "b t"] | None,
         share: Float[Tensor, "b 2"] | None,
@@ -166,7 +166,7 @@ def reset(self: Decoder) -> None:
 
 Decoder.reset = reset
 
-# %% ../../nbs/models/33_decoder.ipynb #2536d6fa
+# %% ../../nbs/models/33_decoder.ipynb #4b98c887
 def tokens(
     self: Decoder,
     maps: list[Tensor],  # (b, d, h, w) each, fine to coarse
@@ -192,7 +192,7 @@ def choose(
 
 def select(
     self: Decoder,
-    memory: Float[Tensor, "b t d"],
+    memory: Float[Tensor, "b t d"] | list[Tensor],  # As `tokens` gave it
     anchors: Float[Tensor, "#b t 4"],  # As logits
     usable: Bool[Tensor, "#b t"],  # False near the border and in the padding
 ) -> tuple[Tensor, Tensor, Tensor]:  # Content (b q d), logits (b q c), boxes before the sigmoid (b q 4)
@@ -201,7 +201,7 @@ def select(
     logits = self.enc_score(content)
     chosen = self.choose(logits, usable)[..., None]
     content, logits = (y.gather(1, chosen.expand(-1, -1, y.shape[-1])) for y in (content, logits))
-    reference = anchors.expand(len(memory), -1, -1).gather(1, chosen.expand(-1, -1, 4))
+    reference = anchors.expand(len(logits), -1, -1).gather(1, chosen.expand(-1, -1, 4))
     return content, logits, self.enc_box(content).float() + reference
 
 # %% ../../nbs/models/33_decoder.ipynb #cce46a12
@@ -221,7 +221,7 @@ def locate(
 
 Decoder.tokens, Decoder.choose, Decoder.select, Decoder.locate = tokens, choose, select, locate
 
-# %% ../../nbs/models/33_decoder.ipynb #5eee0f03
+# %% ../../nbs/models/33_decoder.ipynb #e6aa8f3a
 def forward(
     self: Decoder,
     maps: list[Tensor],  # (b, d, h, w) each, fine to coarse
@@ -229,7 +229,7 @@ def forward(
     denoising: Denoising | None = None,  # Noisy queries; in training only
 ) -> DecoderOutputs:
     memory, shapes = self.tokens(maps)
-    anchors, usable, valid, share = self.locate(shapes, frame, memory.device)
+    anchors, usable, valid, share = self.locate(shapes, frame, maps[0].device)
     content, enc_logits, enc_boxes = self.select(memory, anchors, usable)
     x, reference, mask, extra = content.detach(), enc_boxes.detach().sigmoid(), None, 0
     if denoising is not None:

@@ -75,7 +75,7 @@ class Aifi(nn.Module):
         tokens = self.norm2(tokens + self.linear2(F.gelu(self.linear1(tokens))))
         return tokens.transpose(1, 2).reshape(batch, channels, height, width)
 
-# %% ../../nbs/models/32_hybrid_encoder.ipynb #14087214
+# %% ../../nbs/models/32_hybrid_encoder.ipynb #2de465e1
 class HybridEncoder(nn.Module):
     "Maps of a backbone in, maps of one width out, each knowing of the others."
 
@@ -111,8 +111,7 @@ class HybridEncoder(nn.Module):
         for i, (lateral, fuse) in enumerate(zip(self.lateral.values(), self.fuse_top_down.values())):
             coarse, fine = len(maps) - 1 - i, len(maps) - 2 - i
             maps[coarse] = lateral(maps[coarse])
-            up = F.interpolate(maps[coarse], size=maps[fine].shape[-2:], mode="nearest")
-            maps[fine] = fuse(torch.cat([up, maps[fine]], 1))
+            maps[fine] = fuse(maps[coarse], maps[fine])
         for i, (down, fuse) in enumerate(zip(self.down.values(), self.fuse_bottom_up.values())):
-            maps[i + 1] = fuse(torch.cat([down(maps[i]), maps[i + 1]], 1))
+            maps[i + 1] = fuse(down(maps[i]), maps[i + 1])
         return maps

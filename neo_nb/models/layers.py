@@ -6,7 +6,8 @@ The bricks of the detectors: convolution blocks, a position embedding for any he
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'ConvNorm', 'RepVggBlock', 'CspRepLayer', 'Mlp', 'remembered', 'position_embedding', 'SelfAttention',
-           'DeformableAttention', 'forward', 'bilinear', 'nearest_tokens', 'sample', 'inverse_sigmoid', 'checkpointed']
+           'DeformableAttention', 'forward', 'values', 'bilinear', 'nearest_tokens', 'sample', 'inverse_sigmoid',
+           'checkpointed']
 
 # %% ../../nbs/models/30_layers.ipynb #a263dfaf
 import math
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core import InputError
 
-# %% ../../nbs/models/30_layers.ipynb #5ccd5d76
+# %% ../../nbs/models/30_layers.ipynb #1fdad5bc
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, None: nn.Identity}
 
 
@@ -53,13 +54,13 @@ class RepVggBlock(nn.Module):
     def forward(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
         return self.activation(self.conv3(x) + self.conv1(x))
 
-# %% ../../nbs/models/30_layers.ipynb #443a5151
+# %% ../../nbs/models/30_layers.ipynb #97b37903
 class CspRepLayer(nn.Module):
-    "RepVGG blocks on one branch, a 1x1 convolution on the other, added."
+    "Two maps become one: RepVGG blocks on one branch, a 1x1 convolution on the other, added."
 
     def __init__(
         self,
-        inputs: int,
+        inputs: int,  # Channels of both maps together
         outputs: int,
         blocks: int = 3,  # RepVGG blocks
         expansion: float = 1.0,  # Width of the branches as a share of `outputs`
@@ -73,7 +74,14 @@ class CspRepLayer(nn.Module):
         self.short = ConvNorm(inputs, hidden, activation=activation)
         self.out = ConvNorm(hidden, outputs, activation=activation) if hidden != outputs else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
+    def forward(
+        self,
+        x: Float[Tensor, "b c h0 w0"],  # Is brought to the size of `beside`, by repeating
+        beside: Float[Tensor, "b c h w"],
+    ) -> Float[Tensor, "b d h w"]:
+        if x.shape[-2:] != beside.shape[-2:]:
+            x = F.interpolate(x, size=beside.shape[-2:], mode="nearest")
+        x = torch.cat([x, beside], 1)
         return self.out(self.deep(x) + self.short(x))
 
 
@@ -180,19 +188,17 @@ class DeformableAttention(nn.Module):
         nn.init.xavier_uniform_(self.value.weight)
         nn.init.xavier_uniform_(self.out.weight)
 
-# %% ../../nbs/models/30_layers.ipynb #e4a6aea7
+# %% ../../nbs/models/30_layers.ipynb #d75e1909
 def forward(
     self: DeformableAttention,
     query: Float[Tensor, "b q d"],  # With its position
     reference: Float[Tensor, "b q 4"],  # cxcywh, fractions of each picture's canvas
-    memory: Float[Tensor, "b t d"],  # Tokens of all levels
+    memory: Float[Tensor, "b t d"] | list[Tensor],  # Tokens of all levels; once deployed, the maps they came from
     shapes: list[tuple[int, int]],  # (height, width) of each level
     valid: Bool[Tensor, "b t"] | None = None,  # False in the padding, whose values are taken as 0
     share: Float[Tensor, "b 2"] | None = None,  # Canvas by network input, (x, y); 1 when None
 ) -> Float[Tensor, "b q d"]:
-    values = self.value(memory)
-    if valid is not None:
-        values = values * valid[..., None].to(values.dtype)
+    maps = self.values(memory, shapes, valid)
     offsets = self.offsets(query).unflatten(-1, (self.heads, -1, 2)).float()
     weights = self.weights(query).unflatten(-1, (self.heads, -1)).float().softmax(-1)
     centre, size = (part[:, :, None, None].float() for part in reference.split(2, -1))
@@ -200,12 +206,30 @@ def forward(
     if share is not None:
         places = places * share[:, None, None, None]
     pick = nearest_tokens if self.sampling == "discrete" else bilinear
-    return self.out(sample(values, shapes, places, weights, self.points, pick))
+    return self.out(sample(maps, places, weights, self.points, pick))
 
 
-DeformableAttention.forward = forward
+def values(
+    self: DeformableAttention,
+    memory: Float[Tensor, "b t d"] | list[Tensor],
+    shapes: list[tuple[int, int]],
+    valid: Bool[Tensor, "b t"] | None,
+) -> list[Tensor]:  # (b * heads, d / heads, h, w) of each level
+    "What there is to see at each token, head by head."
+    if isinstance(memory, list):
+        maps = [project(x) for project, x in zip(self.value, memory)]
+    else:
+        parts = self.value(memory).transpose(1, 2).split([height * width for height, width in shapes], -1)
+        maps = [part.unflatten(-1, size) for part, size in zip(parts, shapes)]
+    if valid is not None:
+        masks = valid[:, None].split([height * width for height, width in shapes], -1)
+        maps = [x * mask.unflatten(-1, size).to(x.dtype) for x, mask, size in zip(maps, masks, shapes)]
+    return [x.unflatten(1, (self.heads, -1)).flatten(0, 1) for x in maps]
 
-# %% ../../nbs/models/30_layers.ipynb #ebf6a151
+
+DeformableAttention.forward, DeformableAttention.values = forward, values
+
+# %% ../../nbs/models/30_layers.ipynb #0dee7503
 def bilinear(
     part: Float[Tensor, "n d h w"],  # One level of each head
     places: Float[Tensor, "n q p 2"],  # x, y, 0..1
@@ -227,8 +251,7 @@ def nearest_tokens(
 
 
 def sample(
-    values: Float[Tensor, "b t d"],  # Tokens of all levels
-    shapes: list[tuple[int, int]],  # (height, width) of each level
+    maps: list[Tensor],  # (b * heads, d / heads, h, w) of each level
     places: Float[Tensor, "b q heads p 2"],  # x, y as fractions of the network input; level by level
     weights: Float[Tensor, "b q heads p"],  # Summing to 1
     points: Sequence[int],  # How many of the places are on each level
@@ -236,14 +259,11 @@ def sample(
 ) -> Float[Tensor, "b q d"]:
     "Samples of every head and level, weighted and summed."
     batch, queries, heads = places.shape[:3]
-    # (b * heads, channels, h, w) maps, (b * heads, q, p) places
-    maps = values.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1).flatten(0, 1)
-    places = places.to(values.dtype).transpose(1, 2).flatten(0, 1)
-    weights = weights.to(values.dtype).transpose(1, 2).flatten(0, 1)[:, None]
-    parts = maps.split([height * width for height, width in shapes], -1)
+    places = places.to(maps[0].dtype).transpose(1, 2).flatten(0, 1)  # (b * heads, q, p, 2)
+    weights = weights.to(maps[0].dtype).transpose(1, 2).flatten(0, 1)[:, None]
     found = 0
-    for part, size, at, weight in zip(parts, shapes, places.split(points, 2), weights.split(points, 3)):
-        found = found + (pick(part.unflatten(-1, size), at) * weight).sum(-1)
+    for part, at, weight in zip(maps, places.split(points, 2), weights.split(points, 3)):
+        found = found + (pick(part, at) * weight).sum(-1)
     return found.view(batch, heads, -1, queries).flatten(1, 2).transpose(1, 2)
 
 # %% ../../nbs/models/30_layers.ipynb #56cacd02
