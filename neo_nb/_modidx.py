@@ -504,6 +504,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'neo_nb.losses.criterion.LossWeights': ( 'losses/criterion.html#lossweights',
                                                                                   'neo_nb/losses/criterion.py'),
                                          'neo_nb.losses.criterion.ignored': ('losses/criterion.html#ignored', 'neo_nb/losses/criterion.py'),
+                                         'neo_nb.losses.criterion.mal': ('losses/criterion.html#mal', 'neo_nb/losses/criterion.py'),
                                          'neo_nb.losses.criterion.set_loss': ( 'losses/criterion.html#set_loss',
                                                                                'neo_nb/losses/criterion.py'),
                                          'neo_nb.losses.criterion.varifocal': ( 'losses/criterion.html#varifocal',
