@@ -180,11 +180,11 @@ def test_denoising_noise_has_the_distribution_of_transformers():
     changed, expected = ((x != 3).double().mean().item() for x in (asked.labels, labels))
     assert abs(changed - 0.25 * 79 / 80) < 0.01 and abs(changed - expected) < 0.01
     half = torch.tensor([0.1, 0.05, 0.1, 0.05])
-    steps = torch.linspace(0.005, 0.995, 100)
     for start in (0, 1):  # positives, negatives
         moved = (cxcywh_to_xyxy(asked.boxes[0, start::2]) - cxcywh_to_xyxy(box)).abs() / half
         assert start - 1e-3 <= moved.min() and moved.max() <= start + 1 + 1e-3
-        ours, theirs = asked.boxes[0, start::2].clamp(min=0) / half, boxes[0, start::2].float() / half
+        ours, theirs = asked.boxes[0, start::2].clamp(min=0), boxes[0, start::2].float()
         for number in range(4):  # edges that crossed have a size of 0 for both
-            gap = ours[:, number].quantile(steps) - theirs[:, number].quantile(steps)
-            assert gap.abs().max() < 0.06, (start, number, gap.abs().max())
+            steps = torch.linspace(1e-3, float(ours[:, number].max()), 200)[:, None]
+            gap = ((ours[:, number] < steps).double() - (theirs[:, number] < steps).double()).mean(1)
+            assert gap.abs().max() < 0.02, (start, number, gap.abs().max())
