@@ -92,12 +92,14 @@ def _notebook(name: str, run: Path, parameters: Mapping[str, Any], new: bool = T
     metrics = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").exists() else {}
     return Result(results_text(metrics), metrics, run)
 
-# %% ../nbs/73_cli.ipynb #a92da71b
+# %% ../nbs/73_cli.ipynb #95bdc493
 def _artifact(name: str) -> Path:
     "A file, or a run."
     from neo_nb.runs import open_run
 
     path = Path(name)
+    if (path / "config.json").is_file():
+        return path.absolute()  # a folder that transformers saved
     if path.suffix and not path.is_dir():
         if not path.is_file():
             raise InputError("no such file", path)
@@ -116,7 +118,7 @@ def _new_run(kind: str, artifact: Path, data: str | None) -> Path:
 
 
 def evaluate(
-    artifact: str,  # A run, a .safetensors or an .onnx
+    artifact: str,  # A run, a .safetensors, an .onnx, a transformers folder or a published .pth
     data: str | None = None,  # Data set; the one it was trained on when not given
     split: str = "val",  # Split of the data set
     max_dets: int = 100,  # Detections that count, for each class in each image
@@ -130,7 +132,7 @@ def evaluate(
     parameters = {"artifact": path, "data": data, "split": split, "max_dets": max_dets, "batch_size": batch_size}
     return _notebook("evaluate", run, parameters)
 
-# %% ../nbs/73_cli.ipynb #1799a843
+# %% ../nbs/73_cli.ipynb #0fe151ae
 def export(
     artifact: str,  # A run or a .safetensors
     batch: str = "1",  # Images a call: a number, or "dynamic"
@@ -195,7 +197,7 @@ def doctor() -> Result:
     data = to_dict(findings)
     return Result("\n".join(map(str, findings)), data, status=int(not data["ok"]))
 
-# %% ../nbs/73_cli.ipynb #f89d4e53
+# %% ../nbs/73_cli.ipynb #5fdf2b53
 def check_port(
     port: int,  # 1 … 65535
     host: str = "127.0.0.1",
@@ -226,7 +228,7 @@ def dashboard(
     trackio.show(project=settings()["project"], server_port=port, open_browser=open_browser, block_thread=True)
     return Result()
 
-# %% ../nbs/73_cli.ipynb #cbe02f1e
+# %% ../nbs/73_cli.ipynb #94909f55
 def lab(
     port: int = 8888,  # To serve on
     open_browser: bool = True,  # Open a browser's tab
@@ -243,7 +245,7 @@ def lab(
     ended = subprocess.run([*words, *(["--allow-root"] if root else []), "nbs/explore.ipynb"], cwd=workspace_root())
     return Result(status=int(ended.returncode != 0))
 
-# %% ../nbs/73_cli.ipynb #62cd3c08
+# %% ../nbs/73_cli.ipynb #6f609645
 def data_list() -> Result:
     "Name the data sets, and whether they are here."
     from neo_nb.data.manifest import list_datasets, load_manifest
@@ -287,7 +289,7 @@ def data_show(
     lines = [f"{key:8} {r['images']:>8,} images {r['boxes']:>10,} boxes" for key, r in rows.items()]
     return Result("\n".join([*lines, "", f"open {_near(page)}"]), rows | {"page": str(page)})
 
-# %% ../nbs/73_cli.ipynb #f403d138
+# %% ../nbs/73_cli.ipynb #48656864
 def data_import(
     path: str,  # A folder, a JSON file or a data.yaml
     name: str,  # What to call it

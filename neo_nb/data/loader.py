@@ -144,7 +144,7 @@ class ImageReader:
         boxes = known.boxes_xyxy * np.float32([w / known.size[1], h / known.size[0]] * 2)
         return Sample(image, boxes, known.labels, known.iscrowd)
 
-# %% ../../nbs/data/19_loader.ipynb #c4f7aafd
+# %% ../../nbs/data/19_loader.ipynb #3e43854f
 @dataclass
 class Items:
     "What a worker does: keys in, one packed batch out."
@@ -178,23 +178,26 @@ class Items:
         try:
             size = keys[0][2:]
             samples = [self.sample(epoch, row, size) for epoch, row, *_ in keys]
-            return pack(samples, [row for _, row, *_ in keys], pad_to(size, self.divisor))
+            return pack(samples, [row for _, row, *_ in keys], size, self.divisor)
         except InputError as error:
             return {"error": (error.what, error.where and str(error.where), error.remedy)}
 
-# %% ../../nbs/data/19_loader.ipynb #41c7dd59
+# %% ../../nbs/data/19_loader.ipynb #13614547
 def pack(
     samples: Sequence[Sample],
     rows: Sequence[int],  # Of the table
-    padded: tuple[int, int],  # (height, width) of the network input
+    size: tuple[int, int],  # (height, width) that every content fits into
+    divisor: int,  # Both sides are padded to a multiple of it
 ) -> dict:
     "A batch as one tensor and a few arrays."
+    sizes = [s.image.shape[:2] for s in samples]
+    boxes = [to_network(s.boxes, size, size, pad_to(size, divisor)) for s, size in zip(samples, sizes)]
     return {
-        "images": stack([s.image for s in samples], padded),
-        "sizes": np.array([s.image.shape[:2] for s in samples]),
+        "images": stack([s.image for s in samples], pad_to(size, divisor)),
+        "sizes": np.array(sizes),
         "rows": np.array(rows),
         "counts": np.array([len(s.boxes) for s in samples]),
-        "boxes": np.concatenate([to_network(s.boxes, padded, padded, padded) for s in samples]),
+        "boxes": np.concatenate(boxes),
         "labels": np.concatenate([s.labels for s in samples]).astype(np.int64),
         "iscrowd": np.concatenate([s.iscrowd for s in samples]),
         "dropped": sum(s.dropped for s in samples),

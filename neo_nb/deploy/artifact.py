@@ -203,28 +203,31 @@ def _onnx_record(session, path: str | Path) -> dict:
         raise InputError(what, path, "export it with export_onnx, which stores classes and input size")
     return record
 
-# %% ../../nbs/deploy/60_artifact.ipynb #90638614
+# %% ../../nbs/deploy/60_artifact.ipynb #4ec3de7b
 def load_artifact(
-    path: str | Path,  # A run folder, a .safetensors or a .onnx
+    path: str | Path,  # A run folder, a .safetensors, a .onnx, or a published checkpoint (folder, .pth)
     device: torch.device | str = "cpu",
     size: tuple[int, int] | None = None,  # (height, width) for a checkpoint; the one it was trained at when None
 ) -> Artifact:
     "Open whatever detects. Raises `InputError` when it cannot be."
     path = Path(path)
-    if path.is_dir():
+    published = (path / "config.json").is_file() or path.suffix in (".pth", ".pt")
+    if path.is_dir() and not published:
         path = _weights_of(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError("no such file or run folder", path)
     if path.suffix == ".onnx":
         artifact = OnnxArtifact(path, device)
         if size is not None and check_size(size) != artifact.size:
             raise InputError(f"made for size {artifact.size}, not {tuple(size)}", path, "export it at that size")
         return artifact
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or published:
         model, record = load_model(path, device=device)
         return TorchArtifact(model.to(memory_format=torch.channels_last), size, record)
     raise InputError(
-        f"{path.suffix or 'a file without suffix'} is no artifact", path, "known: .safetensors, .onnx, a run folder"
+        f"{path.suffix or 'a file without suffix'} is no artifact",
+        path,
+        "known: .safetensors, .onnx, .pth, a run folder, a transformers folder",
     )
 
 

@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from ..core import InputError, nearest
 from .layers import ConvNorm
 
-# %% ../../nbs/models/31_backbones.ipynb #d6ead27d
+# %% ../../nbs/models/31_backbones.ipynb #7c353a57
 class BasicBlock(nn.Module):
     "Two 3x3 convolutions beside a shortcut."
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int):
+    def __init__(self, inputs: int, width: int, stride: int, first: bool):
         super().__init__()
         self.branch = nn.Sequential(
             ConvNorm(inputs, width, 3, stride, "relu"),
             ConvNorm(width, width, 3),
         )
-        self.shortcut = make_shortcut(inputs, width, stride)
+        self.shortcut = make_shortcut(inputs, width, stride, first)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
         return (self.branch(x) + self.shortcut(x)).relu()
@@ -41,25 +41,25 @@ class Bottleneck(BasicBlock):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int):
+    def __init__(self, inputs: int, width: int, stride: int, first: bool):
         nn.Module.__init__(self)
         self.branch = nn.Sequential(
             ConvNorm(inputs, width, 1, 1, "relu"),
             ConvNorm(width, width, 3, stride, "relu"),
             ConvNorm(width, width * 4, 1),
         )
-        self.shortcut = make_shortcut(inputs, width * 4, stride)
+        self.shortcut = make_shortcut(inputs, width * 4, stride, first)
 
 
-def make_shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    "Nothing where the shape stays; else average, then 1x1 (the `d` of ResNet-vd)."
-    if stride == 1 and inputs == outputs:
+def make_shortcut(inputs: int, outputs: int, stride: int, first: bool) -> nn.Module:
+    "1x1 in the first block of a stage, after an average where the size halves (the `d` of ResNet-vd); else nothing."
+    if not first:
         return nn.Identity()
     if stride == 1:
         return ConvNorm(inputs, outputs)
     return nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True), ConvNorm(inputs, outputs))
 
-# %% ../../nbs/models/31_backbones.ipynb #6a5de062
+# %% ../../nbs/models/31_backbones.ipynb #787d1d6d
 class ResNetVd(nn.Module):
     "Stem and four stages; returns the last maps of the stages asked for."
 
@@ -69,7 +69,7 @@ class ResNetVd(nn.Module):
         depths: Sequence[int],  # Blocks of each of the four stages
         widths: Sequence[int] = (64, 128, 256, 512),  # Inner width of each stage
         stem: int = 64,  # Width after the stem
-        stages: Sequence[int] = (1, 2, 3),  # Which stages to return; strides 4, 8, 16, 32
+        strides: Sequence[int] = (8, 16, 32),  # Of the maps to return: 4, 8, 16 or 32
     ):
         super().__init__()
         half = stem // 2
@@ -80,16 +80,15 @@ class ResNetVd(nn.Module):
             nn.MaxPool2d(3, 2, 1),
         )
         self.stages, inputs = nn.ModuleList(), stem
-        for number, (depth, width) in enumerate(zip(depths, widths)):
-            strides = [2 if number else 1] + [1] * (depth - 1)
+        count = (4, 8, 16, 32).index(max(strides)) + 1  # later stages would never be seen
+        for number, (depth, width) in enumerate(zip(depths[:count], widths)):
             blocks = []
-            for stride in strides:
-                blocks.append(block(inputs, width, stride))
+            for i in range(depth):
+                blocks.append(block(inputs, width, 2 if number and i == 0 else 1, first=i == 0))
                 inputs = width * block.expansion
             self.stages.append(nn.Sequential(*blocks))
-        self.wanted = tuple(stages)
-        self.channels = [widths[i] * block.expansion for i in stages]
-        self.strides = [4 * 2**i for i in stages]
+        self.wanted, self.strides = [(4, 8, 16, 32).index(s) for s in strides], list(strides)
+        self.channels = [widths[i] * block.expansion for i in self.wanted]
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
         x, maps = self.stem(x), []
@@ -107,7 +106,7 @@ RESNETS: dict[str, dict] = {
     "resnet101vd": {"block": Bottleneck, "depths": (3, 4, 23, 3)},
 }
 
-# %% ../../nbs/models/31_backbones.ipynb #4310f2ac
+# %% ../../nbs/models/31_backbones.ipynb #f15eec99
 class TimmBackbone(nn.Module):
     "A timm model with `features_only`, its last maps of stride 8, 16 and 32."
 
@@ -135,7 +134,7 @@ class TimmBackbone(nn.Module):
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
         return self.body(x)
 
-# %% ../../nbs/models/31_backbones.ipynb #530a9f17
+# %% ../../nbs/models/31_backbones.ipynb #c730a2e5
 def freeze(module: nn.Module) -> None:
     "Take a module out of training for good: no gradients, statistics fixed."
     for parameter in module.parameters():
@@ -157,14 +156,15 @@ def make_backbone(
     pretrained: bool = False,  # timm's own weights
     freeze_at: int = -1,  # -1: nothing; 0: the stem; 1: stem and first stage, …
     freeze_bn: bool = False,  # Fix the statistics and the affine part of every batch norm
+    strides: Sequence[int] = (8, 16, 32),  # Of the maps, fine to coarse
 ) -> nn.Module:  # With `.channels` and `.strides` of the maps it returns
     "A backbone by name."
     if name.startswith("timm/"):
-        backbone = TimmBackbone(name.removeprefix("timm/"), pretrained)
+        backbone = TimmBackbone(name.removeprefix("timm/"), pretrained, strides)
         if freeze_at >= 0:
             raise InputError("freeze_at is for the ResNet-vd family", remedy="leave it at -1 with a timm backbone")
     elif name in RESNETS:
-        backbone = ResNetVd(**RESNETS[name])
+        backbone = ResNetVd(**RESNETS[name], strides=strides)
         for part in [backbone.stem, *backbone.stages][: freeze_at + 1]:
             freeze(part)
     else:

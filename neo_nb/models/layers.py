@@ -6,15 +6,20 @@ The bricks of the detectors: convolution blocks, a position embedding for any he
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'ConvNorm', 'RepVggBlock', 'CspRepLayer', 'Mlp', 'position_embedding', 'SelfAttention',
-           'DeformableAttention', 'sample', 'inverse_sigmoid']
+           'DeformableAttention', 'forward', 'bilinear', 'nearest_tokens', 'sample', 'inverse_sigmoid', 'checkpointed']
 
-# %% ../../nbs/models/30_layers.ipynb #ceaa78db
+# %% ../../nbs/models/30_layers.ipynb #50a3cc3d
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..core import InputError
 
 # %% ../../nbs/models/30_layers.ipynb #5ccd5d76
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, None: nn.Identity}
@@ -120,69 +125,108 @@ class SelfAttention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
-# %% ../../nbs/models/30_layers.ipynb #561156c2
+# %% ../../nbs/models/30_layers.ipynb #5464c73c
 class DeformableAttention(nn.Module):
-    "Each query samples `points` places on each level, per head, around its reference box."
+    "Each query samples some places on each level, per head, around its reference box."
 
-    def __init__(self, channels: int, heads: int, levels: int, points: int):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        points: Sequence[int],  # Places on each level, fine to coarse
+        sampling: str = "bilinear",  # or "discrete": the nearest token, for runtimes without grid_sample
+    ):
         super().__init__()
-        self.heads, self.levels, self.points = heads, levels, points
-        self.offsets = nn.Linear(channels, heads * levels * points * 2)
-        self.weights = nn.Linear(channels, heads * levels * points)
+        if sampling not in ("bilinear", "discrete"):
+            raise InputError(f"sampling is bilinear or discrete, found {sampling!r}")
+        self.heads, self.points, self.sampling = heads, tuple(points), sampling
+        self.offsets = nn.Linear(channels, heads * sum(points) * 2)
+        self.weights = nn.Linear(channels, heads * sum(points))
         self.value, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        # an offset of 1 is half a box, shared among the level's points
+        scale = torch.tensor([0.5 / count for count in points for _ in range(count)])[:, None]
+        self.register_buffer("scale", scale, persistent=False)
         self.reset()
+        if sampling == "discrete":  # no gradient passes through rounding: the offsets stay as they are
+            self.offsets.requires_grad_(False)
 
     def reset(self) -> None:
         "Offsets by angle and point index, equal weights."
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
         direction = direction / direction.abs().max(-1, keepdim=True).values
-        steps = torch.arange(1, self.points + 1)[:, None]
+        steps = torch.cat([torch.arange(1, count + 1) for count in self.points])[:, None]
         with torch.no_grad():
-            spread = (direction[:, None, None] * steps).expand(-1, self.levels, -1, -1)
-            self.offsets.bias.copy_(spread.flatten())
+            self.offsets.bias.copy_((direction[:, None] * steps).flatten())
         for weight in (self.offsets.weight, self.weights.weight, self.weights.bias, self.value.bias, self.out.bias):
             nn.init.zeros_(weight)
         nn.init.xavier_uniform_(self.value.weight)
         nn.init.xavier_uniform_(self.out.weight)
 
-    def forward(
-        self,
-        query: Float[Tensor, "b q d"],  # With its position
-        reference: Float[Tensor, "b q 4"],  # cxcywh, fractions of the network input
-        memory: Float[Tensor, "b t d"],  # Tokens of all levels
-        shapes: list[tuple[int, int]],  # (height, width) of each level
-        valid: Bool[Tensor, "b t"] | None = None,  # False in the padding, whose values are taken as 0
-    ) -> Float[Tensor, "b q d"]:
-        values = self.value(memory)
-        if valid is not None:
-            values = values * valid[..., None].to(values.dtype)
-        grid = (self.heads, self.levels, self.points)
-        offsets = self.offsets(query).unflatten(-1, (*grid, 2)).float()
-        weights = self.weights(query).unflatten(-1, (self.heads, -1)).float().softmax(-1)
-        centre, size = (part[:, :, None, None, None].float() for part in reference.split(2, -1))
-        places = centre + offsets * size * (0.5 / self.points)
-        return self.out(sample(values, shapes, places, weights.unflatten(-1, grid[1:])))
+# %% ../../nbs/models/30_layers.ipynb #e4a6aea7
+def forward(
+    self: DeformableAttention,
+    query: Float[Tensor, "b q d"],  # With its position
+    reference: Float[Tensor, "b q 4"],  # cxcywh, fractions of each picture's canvas
+    memory: Float[Tensor, "b t d"],  # Tokens of all levels
+    shapes: list[tuple[int, int]],  # (height, width) of each level
+    valid: Bool[Tensor, "b t"] | None = None,  # False in the padding, whose values are taken as 0
+    share: Float[Tensor, "b 2"] | None = None,  # Canvas by network input, (x, y); 1 when None
+) -> Float[Tensor, "b q d"]:
+    values = self.value(memory)
+    if valid is not None:
+        values = values * valid[..., None].to(values.dtype)
+    offsets = self.offsets(query).unflatten(-1, (self.heads, -1, 2)).float()
+    weights = self.weights(query).unflatten(-1, (self.heads, -1)).float().softmax(-1)
+    centre, size = (part[:, :, None, None].float() for part in reference.split(2, -1))
+    places = centre + offsets * (size * self.scale)
+    if share is not None:
+        places = places * share[:, None, None, None]
+    pick = nearest_tokens if self.sampling == "discrete" else bilinear
+    return self.out(sample(values, shapes, places, weights, self.points, pick))
 
-# %% ../../nbs/models/30_layers.ipynb #26551841
+
+DeformableAttention.forward = forward
+
+# %% ../../nbs/models/30_layers.ipynb #ebf6a151
+def bilinear(
+    part: Float[Tensor, "n d h w"],  # One level of each head
+    places: Float[Tensor, "n q p 2"],  # x, y, 0..1
+) -> Float[Tensor, "n d q p"]:
+    "Between four tokens; outside the map is 0."
+    return F.grid_sample(part, 2 * places - 1, align_corners=False)
+
+
+def nearest_tokens(
+    part: Float[Tensor, "n d h w"],
+    places: Float[Tensor, "n q p 2"],
+) -> Float[Tensor, "n d q p"]:
+    "One token, as RT-DETRv2's discrete sampling rounds: x up to the width, y up to the height."
+    height, width = part.shape[-2:]
+    x = (places[..., 0] * width + 0.5).long().clamp(0, width - 1)
+    y = (places[..., 1] * height + 0.5).long().clamp(0, height - 1)
+    index = (y * width + x).flatten(1)[:, None].expand(-1, part.shape[1], -1)
+    return part.flatten(2).gather(2, index).unflatten(-1, tuple(places.shape[1:3]))
+
+
 def sample(
     values: Float[Tensor, "b t d"],  # Tokens of all levels
     shapes: list[tuple[int, int]],  # (height, width) of each level
-    places: Float[Tensor, "b q heads levels points 2"],  # x, y as fractions of the network input
-    weights: Float[Tensor, "b q heads levels points"],  # Summing to 1 over levels and points
+    places: Float[Tensor, "b q heads p 2"],  # x, y as fractions of the network input; level by level
+    weights: Float[Tensor, "b q heads p"],  # Summing to 1
+    points: Sequence[int],  # How many of the places are on each level
+    pick: Callable[[Tensor, Tensor], Tensor] = bilinear,  # or `nearest_tokens`
 ) -> Float[Tensor, "b q d"]:
-    "Bilinear samples of every head and level, weighted and summed; outside the map is 0."
-    batch, queries, heads, _, points, _ = places.shape
-    # grid_sample wants (b * heads, channels, h, w) maps and coordinates in -1..1
+    "Samples of every head and level, weighted and summed."
+    batch, queries, heads = places.shape[:3]
+    # (b * heads, channels, h, w) maps, (b * heads, q, p) places
     maps = values.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1).flatten(0, 1)
-    places = (2 * places - 1).to(values.dtype).transpose(1, 2).flatten(0, 1)
-    weights = weights.to(values.dtype).transpose(1, 2).flatten(0, 1)
-    found, start = 0, 0
-    for level, (height, width) in enumerate(shapes):
-        part = maps[..., start : start + height * width].unflatten(-1, (height, width))
-        sampled = F.grid_sample(part, places[:, :, level], align_corners=False)
-        found = found + (sampled * weights[:, None, :, level]).sum(-1)
-        start += height * width
+    places = places.to(values.dtype).transpose(1, 2).flatten(0, 1)
+    weights = weights.to(values.dtype).transpose(1, 2).flatten(0, 1)[:, None]
+    parts = maps.split([height * width for height, width in shapes], -1)
+    found = 0
+    for part, size, at, weight in zip(parts, shapes, places.split(points, 2), weights.split(points, 3)):
+        found = found + (pick(part.unflatten(-1, size), at) * weight).sum(-1)
     return found.view(batch, heads, -1, queries).flatten(1, 2).transpose(1, 2)
 
 # %% ../../nbs/models/30_layers.ipynb #56cacd02
@@ -193,3 +237,28 @@ def inverse_sigmoid(
     "The logit of `x`, finite at 0 and 1."
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+# %% ../../nbs/models/30_layers.ipynb #07c6ca17
+@contextmanager
+def _still(module: nn.Module) -> Iterator[None]:
+    "Batch norms inside keep their running statistics."
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+
+
+def checkpointed(
+    module: nn.Module,
+    *inputs: object,
+    on: bool = True,  # False: an ordinary call
+) -> object:  # What the module returns
+    "Call a module; in training, and if `on`, its inside is computed again in the backward pass."
+    if not (on and module.training and torch.is_grad_enabled()):
+        return module(*inputs)
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _still(module)))

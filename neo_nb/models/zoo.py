@@ -14,9 +14,17 @@ from dataclasses import fields, replace
 from ..core import InputError, pick
 from .rtdetr import RTDETR, RTDETRConfig
 
-# %% ../../nbs/models/37_zoo.ipynb #71b1a549
+# %% ../../nbs/models/37_zoo.ipynb #67642112
 _SMALL = RTDETRConfig("resnet18vd", expansion=0.5, decoder_layers=3)
 _LARGE = RTDETRConfig("resnet50vd", freeze_at=0, freeze_bn=True)
+_WIDE = replace(_LARGE, encoder_channels=384, encoder_feedforward=2048)
+_PUBLISHED: dict[str, RTDETRConfig] = {
+    "r18": _SMALL,
+    "r34": replace(_SMALL, backbone="resnet34vd", decoder_layers=4),
+    "r50m": replace(_LARGE, expansion=0.5, eval_layers=3),
+    "r50": _LARGE,
+    "r101": replace(_WIDE, backbone="resnet101vd"),
+}
 VARIANTS: dict[str, RTDETRConfig] = {
     "rtdetr_nano": RTDETRConfig(
         "resnet_nano",
@@ -30,11 +38,11 @@ VARIANTS: dict[str, RTDETRConfig] = {
         heads=4,
         feedforward=192,
     ),
-    "rtdetr_r18": _SMALL,
-    "rtdetr_r34": replace(_SMALL, backbone="resnet34vd", decoder_layers=4),
-    "rtdetr_r50": _LARGE,
-    "rtdetr_r101": replace(_LARGE, backbone="resnet101vd", encoder_channels=384, encoder_feedforward=2048),
+    **{f"rtdetr_{name}": config for name, config in _PUBLISHED.items()},
     "rtdetr_timm": RTDETRConfig("timm/resnet50d"),
+    # the second version says the number of sampling points level by level, and can be trained to sample discretely
+    **{f"rtdetrv2_{name}": replace(config, points=(4, 4, 4)) for name, config in _PUBLISHED.items()},
+    "rtdetrv2_timm": RTDETRConfig("timm/resnet50d", points=(4, 4, 4)),
 }
 
 

@@ -50,6 +50,7 @@ class Loop:
         run: Path,  # The run's folder
         train_table: Annotations,
         val_table: Annotations,  # With the same classes
+        model: nn.Module | None = None,  # Another detector than the one that the settings ask for
     ):
         if train_table.class_names != val_table.class_names:
             what = f"{val_table.name} has the classes {list(val_table.class_names)}"
@@ -61,7 +62,7 @@ class Loop:
         self.config, self.run = config, Path(run)
         self.accelerator = make_accelerator(config)
         seed_everything(config.seed)
-        self.model = build_model(config, train_table)
+        self.model = build_model(config, train_table) if model is None else model
         if config.overfit_batches:
             count = config.overfit_batches * config.batch_size * self.accelerator.num_processes
             train_table = val_table = train_table.select(np.arange(min(count, len(train_table))))
