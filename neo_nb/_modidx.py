@@ -781,6 +781,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'neo_nb.train.loop': { 'neo_nb.train.loop.Loop': ('train/loop.html#loop', 'neo_nb/train/loop.py'),
                                    'neo_nb.train.loop.Loop.__init__': ('train/loop.html#loop.__init__', 'neo_nb/train/loop.py'),
                                    'neo_nb.train.loop.NonFiniteLoss': ('train/loop.html#nonfiniteloss', 'neo_nb/train/loop.py'),
+                                   'neo_nb.train.loop._broken': ('train/loop.html#_broken', 'neo_nb/train/loop.py'),
                                    'neo_nb.train.loop._check_capacity': ('train/loop.html#_check_capacity', 'neo_nb/train/loop.py'),
                                    'neo_nb.train.loop._halve': ('train/loop.html#_halve', 'neo_nb/train/loop.py'),
                                    'neo_nb.train.loop._loss': ('train/loop.html#_loss', 'neo_nb/train/loop.py'),

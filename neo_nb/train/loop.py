@@ -7,12 +7,12 @@
 # %% auto #0
 __all__ = ['NonFiniteLoss', 'Loop', 'make_accelerator', 'build_model', 'update', 'epoch', 'chunks', 'train_values']
 
-# %% ../../nbs/train/54_loop.ipynb #f74a5bef
+# %% ../../nbs/train/54_loop.ipynb #270b7edd
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -165,7 +165,7 @@ def build_model(config: TrainConfig, table: Annotations) -> RTDETR:
             setattr(model, part, nn.SyncBatchNorm.convert_sync_batchnorm(getattr(model, part)))
     return model.to(memory_format=torch.channels_last)
 
-# %% ../../nbs/train/54_loop.ipynb #f588bf2e
+# %% ../../nbs/train/54_loop.ipynb #4eabee7f
 def update(
     self: Loop,
     batches: list[Batch],  # The batches of this update
@@ -183,7 +183,10 @@ def update(
         with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
             outputs = self.wrapped(batch.images, batch.sizes, batch.targets)
             terms = self._loss(outputs, batch, num_boxes)
-            self.accelerator.backward(sum(terms.values()) / len(batches))
+            total = sum(terms.values())
+            self.accelerator.backward(total / len(batches))
+        if not bool(total.isfinite()):  # read after the backward pass is on its way: a GPU need not wait for it
+            self._broken(", ".join(name for name, value in terms.items() if not bool(value.isfinite())), batch)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach() / len(batches)
     clip = self.config.clip or math.inf
@@ -194,17 +197,17 @@ def update(
     self.position["step"] += 1
     return sums | {"loss": sum(sums.values()), "grad_norm": norm}, bool(shared[1] > 0)
 
-# %% ../../nbs/train/54_loop.ipynb #9148f6ee
+# %% ../../nbs/train/54_loop.ipynb #0f71f4a4
 def _loss(self: Loop, outputs: Any, batch: Batch, num_boxes: Tensor) -> dict[str, Tensor]:
-    "The terms, or `NonFiniteLoss` with what a person needs to find the cause."
+    "The terms; the matcher is the first to see a number that is none."
     try:
-        terms = self.model.loss(outputs, batch.targets, num_boxes)
-        total = sum(terms.values())
-        if bool(total.isfinite()):
-            return terms
-        reason = ", ".join(name for name, value in terms.items() if not bool(value.isfinite()))
+        return self.model.loss(outputs, batch.targets, num_boxes)
     except FloatingPointError as error:
-        reason = str(error)
+        self._broken(str(error), batch)
+
+
+def _broken(self: Loop, reason: str, batch: Batch) -> NoReturn:
+    "`NonFiniteLoss` with what a person needs to find the cause."
     self.optimizer.zero_grad(set_to_none=True)
     ids = [str(self.train_table.image_ids[i]) for i in batch.image_index.tolist()]
     state = self.run / "weights" / "nonfinite.pt"
@@ -214,7 +217,7 @@ def _loss(self: Loop, outputs: Any, batch: Batch, num_boxes: Tensor) -> dict[str
     )
 
 
-Loop.update, Loop._loss = update, _loss
+Loop.update, Loop._loss, Loop._broken = update, _loss, _broken
 
 # %% ../../nbs/train/54_loop.ipynb #2efe46a5
 def epoch(
