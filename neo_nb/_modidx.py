@@ -764,6 +764,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'neo_nb.train.checkpoint.set_rng_state': ( 'train/checkpoint.html#set_rng_state',
                                                                                     'neo_nb/train/checkpoint.py')},
             'neo_nb.train.config': { 'neo_nb.train.config.ModelSettings': ('train/config.html#modelsettings', 'neo_nb/train/config.py'),
+                                     'neo_nb.train.config.ModelSettings._in_order': ( 'train/config.html#modelsettings._in_order',
+                                                                                      'neo_nb/train/config.py'),
                                      'neo_nb.train.config.TrainConfig': ('train/config.html#trainconfig', 'neo_nb/train/config.py'),
                                      'neo_nb.train.config._meaning': ('train/config.html#_meaning', 'neo_nb/train/config.py'),
                                      'neo_nb.train.config.make_config': ('train/config.html#make_config', 'neo_nb/train/config.py')},

@@ -7,15 +7,15 @@
 # %% auto #0
 __all__ = ['DEFAULT', 'PLAIN', 'DEIM', 'RECIPES', 'ModelSettings', 'TrainConfig', 'make_config']
 
-# %% ../../nbs/train/50_config.ipynb #2540cb7c
+# %% ../../nbs/train/50_config.ipynb #62cf79b6
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..core import InputError, nearest, pick
 
-# %% ../../nbs/train/50_config.ipynb #bf88cc7b
+# %% ../../nbs/train/50_config.ipynb #25719a1c
 class ModelSettings(BaseModel):
     "What is trained, and on which pictures."
 
@@ -40,6 +40,13 @@ class ModelSettings(BaseModel):
     )
     workers: int = Field(0, ge=0, description="loader processes a training process")
     cache: bool = Field(False, description="keep the scaled pictures in memory, if they fit")
+
+    @field_validator("dense")
+    @classmethod
+    def _in_order(cls, shares: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= shares[0] <= shares[1] <= 1:
+            raise ValueError("it needs 0 ≤ from ≤ to ≤ 1")
+        return shares
 
 # %% ../../nbs/train/50_config.ipynb #16874ec1
 class TrainConfig(ModelSettings):
@@ -108,7 +115,7 @@ DEIM: dict[str, dict[str, Any]] = {
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {"default": DEFAULT, "plain": PLAIN, "deim": DEIM}
 
-# %% ../../nbs/train/50_config.ipynb #6316fe99
+# %% ../../nbs/train/50_config.ipynb #f776526a
 def make_config(
     target: Mapping[str, Any] | None = None,  # Settings of the machine: precision, batch_size, accumulation, …
     **flags: Any,  # What was asked for; None means: not asked for
@@ -125,7 +132,7 @@ def make_config(
         return TrainConfig(**layers)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "dense"
+        where = ".".join(map(str, first["loc"]))
         raise InputError(f"{where} = {first['input']!r}: {first['msg'].lower()}", remedy=_meaning(where)) from error
 
 
