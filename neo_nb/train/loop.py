@@ -165,7 +165,7 @@ def build_model(config: TrainConfig, table: Annotations) -> RTDETR:
             setattr(model, part, nn.SyncBatchNorm.convert_sync_batchnorm(getattr(model, part)))
     return model.to(memory_format=torch.channels_last)
 
-# %% ../../nbs/train/54_loop.ipynb #4eabee7f
+# %% ../../nbs/train/54_loop.ipynb #5358f26c
 def update(
     self: Loop,
     batches: list[Batch],  # The batches of this update
@@ -185,7 +185,9 @@ def update(
             terms = self._loss(outputs, batch, num_boxes)
             total = sum(terms.values())
             self.accelerator.backward(total / len(batches))
-        if not bool(total.isfinite()):  # read after the backward pass is on its way: a GPU need not wait for it
+        # read once, after the backward pass is on its way: a GPU need not wait for it
+        finite, stopping = torch.stack([total.isfinite(), shared[1] > 0]).tolist()
+        if not finite:
             self._broken(", ".join(name for name, value in terms.items() if not bool(value.isfinite())), batch)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach() / len(batches)
@@ -195,7 +197,7 @@ def update(
     self.optimizer.zero_grad(set_to_none=True)
     self.ema.update(self.accelerator.unwrap_model(self.wrapped))
     self.position["step"] += 1
-    return sums | {"loss": sum(sums.values()), "grad_norm": norm}, bool(shared[1] > 0)
+    return sums | {"loss": sum(sums.values()), "grad_norm": norm}, stopping
 
 # %% ../../nbs/train/54_loop.ipynb #0f71f4a4
 def _loss(self: Loop, outputs: Any, batch: Batch, num_boxes: Tensor) -> dict[str, Tensor]:
@@ -219,7 +221,7 @@ def _broken(self: Loop, reason: str, batch: Batch) -> NoReturn:
 
 Loop.update, Loop._loss, Loop._broken = update, _loss, _broken
 
-# %% ../../nbs/train/54_loop.ipynb #2efe46a5
+# %% ../../nbs/train/54_loop.ipynb #165cbf51
 def epoch(
     self: Loop,
     bar: tqdm,  # Counts updates
@@ -259,7 +261,7 @@ def _note(self: Loop, values: dict[str, Tensor], bar: tqdm, tracker: Tracker | N
         self.sums[name] = self.sums.get(name, 0) + value.detach().double()  # where it is: reading it would wait
     bar.update()
     if bar.n % 10 == 0 or bar.n == bar.total:
-        numbers = {name: float(value) for name, value in values.items()}
+        numbers = dict(zip(values, torch.stack([value.detach().float() for value in values.values()]).tolist()))
         bar.set_postfix_str(f"loss {numbers['loss']:.2f}", refresh=False)
         if tracker:
             tracker.log(train_values(numbers) | {"train/lr": self._lr()}, self.position["step"])
