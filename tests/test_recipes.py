@@ -10,6 +10,7 @@ from neo_nb.data.scenes import make_scenes
 from neo_nb.train.config import RECIPES, TrainConfig, make_config
 from neo_nb.train.loop import Loop
 from neo_nb.train.optim import lr_factor
+from neo_nb.train.trainer import Trainer, train
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +112,17 @@ def test_the_loss_of_the_settings_is_the_one_that_is_trained(loop, loss):
     torch.manual_seed(0)
     losses = [float(run.update([batch])[0]["loss"]) for _ in range(5)]
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+def test_a_run_of_deim_goes_through_all_its_stages(scenes, tmp_path, monkeypatch):
+    seen, build = [], Loop._train_loader
+    monkeypatch.setattr(
+        Trainer, "_train_loader", lambda self, epoch: seen.append(self._stage_of(epoch)) or build(self, epoch)
+    )
+    config = make_config(
+        recipe="deim", size=(72, 128), batch_size=4, repeat=1, tracker="none", device="cpu", epochs=6,
+        dense=(0.17, 0.5), plain_epochs=2, num_queries=40,
+    )  # fmt: skip
+    train(config, tmp_path / "run", scenes, scenes)
+    rows = (tmp_path / "run" / "results.csv").read_text().splitlines()
+    assert seen == ["plain", "dense", "single", "plain"] and len(rows) == 7
