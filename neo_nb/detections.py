@@ -93,7 +93,7 @@ def of(
     one = self.keep(np.arange(start, end))
     return replace(one, image_index=np.zeros(end - start, np.int64), num_images=1)
 
-
+# %% ../nbs/03_detections.ipynb #f06b564f
 def to_classes(
     self: Detections,
     class_names: Sequence[str],  # Of the data

@@ -18,6 +18,8 @@ CASES = [
     ("rtdetrv2_r50m", "rt_detr_v2"),
     ("rtdetr_r50", "rt_detr"),
     ("rtdetrv2_r101", "rt_detr_v2"),
+    ("rtdetr_hgnetv2_l", "rt_detr"),
+    ("rtdetrv2_hgnetv2_x", "rt_detr_v2"),
 ]
 
 

@@ -37,7 +37,7 @@ class Targets:
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
         return replace(self, **moved)
 
-
+# %% ../../nbs/data/17_batch.ipynb #7cf85c17
 @dataclass(frozen=True)
 class Batch:
     "Images of one padded size with what is known about them."

@@ -7,9 +7,10 @@
 # %% auto #0
 __all__ = ['INPUTS', 'OUTPUTS', 'PROVIDERS', 'Artifact', 'call', 'predict', 'TorchArtifact', 'OnnxArtifact', 'load_artifact']
 
-# %% ../../nbs/deploy/60_artifact.ipynb #a3cd787a
+# %% ../../nbs/deploy/60_artifact.ipynb #1ac646e2
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def _nothing(artifact: Artifact, images: int) -> Detections:
 
 Artifact.__call__, Artifact.predict = call, predict
 
-# %% ../../nbs/deploy/60_artifact.ipynb #adeb859e
+# %% ../../nbs/deploy/60_artifact.ipynb #8eb366fc
 class TorchArtifact(Artifact):
     "A detector in torch."
 
@@ -116,7 +117,7 @@ class TorchArtifact(Artifact):
 
     def __init__(
         self,
-        model: nn.Module,  # From `create_model` or `load_model`; put into evaluation mode when it runs
+        model: nn.Module,  # From `create_model` or `load_model`; what runs is its `deploy()`, made at the first call
         size: tuple[int, int] | None = None,  # (height, width); the one it was trained at when None
         record: dict | None = None,  # What its file said; taken from the model when None
     ):
@@ -126,15 +127,17 @@ class TorchArtifact(Artifact):
         super().__init__(record or model_record(model), size)
         self.model = model
 
+    @cached_property
+    def network(self) -> nn.Module:
+        return self.model if getattr(self.model, "deployed", False) else self.model.deploy()
+
     @torch.inference_mode()
     def run(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        training = self.model.training
-        self.model.eval()
-        try:
-            batch = batch.to(next(self.model.parameters()).device, non_blocking=True)
-            found = self.model.detect(self.model(batch.images, batch.sizes), batch.sizes, batch.original_sizes)
-        finally:
-            self.model.train(training)
+        sizes = batch.sizes, batch.original_sizes
+        images, *sizes = (
+            x.to(next(self.model.parameters()).device, non_blocking=True) for x in (batch.images, *sizes)
+        )
+        found = self.network.detect(self.network(images, sizes[0]), *sizes)
         return tuple(part.cpu().numpy() for part in found)
 
 # %% ../../nbs/deploy/60_artifact.ipynb #0410dc93
@@ -203,7 +206,7 @@ def _onnx_record(session, path: str | Path) -> dict:
         raise InputError(what, path, "export it with export_onnx, which stores classes and input size")
     return record
 
-# %% ../../nbs/deploy/60_artifact.ipynb #4ec3de7b
+# %% ../../nbs/deploy/60_artifact.ipynb #62954df3
 def load_artifact(
     path: str | Path,  # A run folder, a .safetensors, a .onnx, or a published checkpoint (folder, .pth)
     device: torch.device | str = "cpu",

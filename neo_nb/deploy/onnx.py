@@ -54,7 +54,7 @@ def _sample(
     images = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
     return images, torch.tensor([size] * batch), torch.tensor([(2 * size[0], 2 * size[1])] * batch)
 
-# %% ../../nbs/deploy/61_onnx.ipynb #df1d0034
+# %% ../../nbs/deploy/61_onnx.ipynb #ae420205
 def export_onnx(
     model: nn.Module,  # From `create_model` or `load_model`; unchanged afterwards
     path: str | Path,  # Ends in .onnx
@@ -85,10 +85,10 @@ def export_onnx(
         temporary.write_bytes(proto.SerializeToString())
     return path
 
-# %% ../../nbs/deploy/61_onnx.ipynb #dcc02bff
+# %% ../../nbs/deploy/61_onnx.ipynb #94c25c65
 def _to_onnx(model: nn.Module, size: tuple[int, int], batch: int | str, max_dets: int, opset: int):
     "The graph as a protobuf."
-    network = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format)
+    network = copy.deepcopy(model).cpu().float().deploy(packed=False).to(memory_format=torch.contiguous_format)
     dynamic = batch == "dynamic"
     # a sample of one would be taken for a size that never changes
     sample = _sample(size, model.contract.divisor, 2 if dynamic else batch)

@@ -7,9 +7,20 @@ Detectors by name, and their weights."""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/models/3Z_face.ipynb #7a2bd0d4
+# %% ../../nbs/models/3Z_face.ipynb #83fc2230
+import neo_nb.models.deploy  # noqa: F401  gives RTDETR its deploy()
+from .hub import from_pretrained, push_to_hub, save_pretrained
 from .weights import load_model, load_weights, save_weights
 from .zoo import create_model, list_models
 
-# %% ../../nbs/models/3Z_face.ipynb #f5c70386
-__all__ = ["create_model", "list_models", "load_model", "load_weights", "save_weights"]
+# %% ../../nbs/models/3Z_face.ipynb #e954df14
+__all__ = [
+    "create_model",
+    "from_pretrained",
+    "list_models",
+    "load_model",
+    "load_weights",
+    "push_to_hub",
+    "save_pretrained",
+    "save_weights",
+]

@@ -7,7 +7,7 @@ Published RT-DETR weights in this house's names: `translate` renames the tensors
 # %% auto #0
 __all__ = ['LEVELS', 'PARTS', 'INSIDE', 'DERIVED', 'our_name', 'translate', 'read_foreign', 'infer_config']
 
-# %% ../../nbs/models/37b_layouts.ipynb #c0ed6240
+# %% ../../nbs/models/37b_layouts.ipynb #36c21a71
 import json
 import re
 from collections.abc import Callable
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ..core import InputError
+from .backbones import RESNETS
+from .hgnet import HGNET_KEYS, HGNETS
 from .rtdetr import RTDETRConfig
 
 # %% ../../nbs/models/37b_layouts.ipynb #bee2745b
@@ -45,7 +47,7 @@ PARTS: list[tuple[str, str | Callable]] = [  # Both layouts, after transformers'
     (r"^(enc_output|enc_score_head|enc_bbox_head|denoising_class_embed|class_embed|bbox_embed)\.", r"decoder.\1."),
 ]
 
-# %% ../../nbs/models/37b_layouts.ipynb #8ab61edd
+# %% ../../nbs/models/37b_layouts.ipynb #c4979b2e
 INSIDE: list[tuple[str, str | Callable]] = [
     (r"^(encoder\.fuse_\w+\.\d+)\.conv1\.", r"\1.deep.0."),
     (r"^(encoder\.fuse_\w+\.\d+)\.conv2\.", r"\1.short."),
@@ -82,14 +84,14 @@ INSIDE: list[tuple[str, str | Callable]] = [
 ]
 DERIVED = re.compile(r"n(um)?_points_scale$|^decoder\.(anchors|valid_mask)$|^encoder\.pos_embed\d+$")
 
-# %% ../../nbs/models/37b_layouts.ipynb #1f51e46d
+# %% ../../nbs/models/37b_layouts.ipynb #dc29cdcc
 def our_name(
     name: str,  # As in a published checkpoint
     strides: list[int],  # Of its levels, fine to coarse
 ) -> str:  # As in `RTDETR.state_dict()`; unknown names come back as they are
     "One tensor's name."
     new = name.removeprefix("model.")
-    for pattern, to in PARTS:
+    for pattern, to in (*HGNET_KEYS, *PARTS):
         new = re.sub(pattern, to, new)
     part = re.match(r"(\w+)\.(\w+)@(\d+)\.", new)
     if part:
@@ -126,7 +128,7 @@ def _decoder_levels(tensors: dict[str, Tensor]) -> set[str]:
     found = (re.search(r"(decoder_input_proj|decoder\.input_proj)\.(\d+)\.", name) for name in tensors)
     return {m[2] for m in found if m}
 
-# %% ../../nbs/models/37b_layouts.ipynb #619ad9ee
+# %% ../../nbs/models/37b_layouts.ipynb #18418d9e
 def read_foreign(
     source: str | Path,  # A transformers folder, a hub repository ("PekingU/rtdetr_v2_r18vd"), or a .pth
 ) -> tuple[
@@ -160,7 +162,7 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict]:
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"the folder cannot be read ({error})", path, "save or copy it again") from error
 
-
+# %% ../../nbs/models/37b_layouts.ipynb #5e3e2e73
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
@@ -192,7 +194,7 @@ def _download(name: str) -> Path:
         what = f"cannot be fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
         raise InputError(what, name, "check the name and the network, or give a local folder") from error
 
-# %% ../../nbs/models/37b_layouts.ipynb #95e76be9
+# %% ../../nbs/models/37b_layouts.ipynb #817d6773
 def infer_config(
     tensors: dict[str, Tensor],  # In our names
     config: dict | None = None,  # transformers' configuration, if there is one
@@ -228,11 +230,13 @@ def infer_config(
         sampling="discrete" if config.get("decoder_method") == "discrete" else "bilinear",
     )
 
-
+# %% ../../nbs/models/37b_layouts.ipynb #768c5e68
 def _backbone(tensors: dict[str, Tensor]) -> str:
     "By the number of blocks a stage and the kind of block."
-    from neo_nb.models.backbones import RESNETS
-
+    heads = {(int(m[1]), int(m[2])) for n in tensors if (m := re.match(r"backbone\.stages\.(\d)\.blocks\.(\d+)\.", n))}
+    for name, row in HGNETS.items():
+        if heads == {(stage, block) for stage, count in enumerate(row["blocks"]) for block in range(count)}:
+            return name
     blocks = [m for n in tensors if (m := re.fullmatch(r"backbone\.stages\.(\d)\.(\d+)\.branch\.(\d)\.0\.weight", n))]
     depths = tuple(1 + max(int(m[2]) for m in blocks if m[1] == str(stage)) for stage in range(4)) if blocks else ()
     deep = any(m[3] == "2" for m in blocks)

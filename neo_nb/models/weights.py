@@ -56,7 +56,7 @@ def save_weights(
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"neo_nb": json.dumps(model_record(model, **more))})
 
-# %% ../../nbs/models/38_weights.ipynb #d55eb430
+# %% ../../nbs/models/38_weights.ipynb #e588bd95
 def read_record(path: str | Path) -> dict:
     "The record in the header of a file of weights; raises `InputError` if there is none."
     return _read(path)[0]
@@ -87,6 +87,7 @@ def load_model(
     device: torch.device | str = "cpu",
 ) -> tuple[RTDETR, dict]:  # The detector in evaluation mode, and its record
     "Build the detector that a file describes and load its weights, every one of them."
+    path = _inside(path)
     if is_foreign(path):
         return _load_foreign(path, class_names, device)
     record, tensors = _read(path, tensors=True)
@@ -101,11 +102,17 @@ def load_model(
     model.size = tuple(record["size"]) if record["size"] else None
     return model.to(device).eval(), record
 
-# %% ../../nbs/models/38_weights.ipynb #2cd233ae
+# %% ../../nbs/models/38_weights.ipynb #364d185c
 def _config(record: dict) -> RTDETRConfig:
     "The configuration in a record; JSON knows no tuples."
     values = record["config"] | {"pretrained": False}
     return RTDETRConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _inside(path: str | Path) -> Path:
+    "The file of weights in a folder of ours; anything else as it is."
+    inner = Path(path) / "model.safetensors"
+    return inner if inner.is_file() and not is_foreign(inner) else Path(path)
 
 
 def is_foreign(path: str | Path) -> bool:
@@ -137,7 +144,7 @@ def _load_foreign(path: str | Path, class_names: Sequence[str] | None, device) -
     model.size = (640, 640)
     return model.to(device).eval(), model_record(model) | {"source": str(path)}
 
-
+# %% ../../nbs/models/38_weights.ipynb #2a3dc870
 def load_strictly(
     model: torch.nn.Module,
     tensors: dict[str, Tensor],
@@ -153,7 +160,7 @@ def load_strictly(
         raise InputError(f"{len(wrong)} tensors do not fit: {'; '.join(sorted(wrong)[:5])}", where)
     model.load_state_dict(tensors)
 
-# %% ../../nbs/models/38_weights.ipynb #5dc57e6c
+# %% ../../nbs/models/38_weights.ipynb #c6f65f2d
 @dataclass(frozen=True)
 class WeightsReport:
     "What happened to each tensor."
@@ -180,13 +187,14 @@ class WeightsReport:
 
 CLASS_HEADS = ("decoder.enc_score.", "decoder.score.", "decoder.denoising_class.")
 
-# %% ../../nbs/models/38_weights.ipynb #f7afeb01
+# %% ../../nbs/models/38_weights.ipynb #9cfaa5bd
 @torch.no_grad()
 def load_weights(
     model: RTDETR,  # Changed in place
     path: str | Path,  # A file of `save_weights`, or anything that `read_foreign` opens
 ) -> WeightsReport:
     "Take over the weights that fit; raises `InputError` when not one does."
+    path = _inside(path)
     if is_foreign(path):
         tensors, names, config = read_foreign(path)
         theirs = infer_config(tensors, config)

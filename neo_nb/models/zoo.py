@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from ..core import InputError, pick
 from .rtdetr import RTDETR, RTDETRConfig
 
-# %% ../../nbs/models/37_zoo.ipynb #67642112
+# %% ../../nbs/models/37_zoo.ipynb #a6b54ee0
 _SMALL = RTDETRConfig("resnet18vd", expansion=0.5, decoder_layers=3)
 _LARGE = RTDETRConfig("resnet50vd", freeze_at=0, freeze_bn=True)
 _WIDE = replace(_LARGE, encoder_channels=384, encoder_feedforward=2048)
@@ -24,6 +24,8 @@ _PUBLISHED: dict[str, RTDETRConfig] = {
     "r50m": replace(_LARGE, expansion=0.5, eval_layers=3),
     "r50": _LARGE,
     "r101": replace(_WIDE, backbone="resnet101vd"),
+    "hgnetv2_l": replace(_LARGE, backbone="hgnetv2_l"),
+    "hgnetv2_x": replace(_WIDE, backbone="hgnetv2_x"),
 }
 VARIANTS: dict[str, RTDETRConfig] = {
     "rtdetr_nano": RTDETRConfig(
