@@ -115,7 +115,7 @@ DEIM: dict[str, dict[str, Any]] = {
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {"default": DEFAULT, "plain": PLAIN, "deim": DEIM}
 
-# %% ../../nbs/train/50_config.ipynb #f776526a
+# %% ../../nbs/train/50_config.ipynb #d227d49f
 def make_config(
     target: Mapping[str, Any] | None = None,  # Settings of the machine: precision, batch_size, accumulation, …
     **flags: Any,  # What was asked for; None means: not asked for
@@ -125,9 +125,10 @@ def make_config(
     unknown = [key for key in flags if key not in TrainConfig.model_fields]
     if unknown:
         raise InputError(f"no such setting: {unknown[0]!r}", remedy=nearest(unknown[0], TrainConfig.model_fields))
-    name, model = (flags.get(key, TrainConfig.model_fields[key].default) for key in ("recipe", "model"))
+    asked = dict(target or {}) | flags
+    name, model = (asked.get(key, TrainConfig.model_fields[key].default) for key in ("recipe", "model"))
     recipe = RECIPES[pick(name, RECIPES, "recipe")]
-    layers = recipe["*"] | recipe.get(model, {}) | dict(target or {}) | flags
+    layers = recipe["*"] | recipe.get(model, {}) | asked
     try:
         return TrainConfig(**layers)
     except ValidationError as error:
