@@ -55,7 +55,7 @@ def xyxy_to_xywh(
     x1, y1, x2, y2 = (boxes[..., i] for i in range(4))
     return _stack([x1, y1, x2 - x1, y2 - y1], boxes)
 
-# %% ../nbs/01_boxes.ipynb #25e3d277
+# %% ../nbs/01_boxes.ipynb #57f26e1c
 def box_area(
     boxes: Shaped[Array, "*b 4"],  # xyxy
 ) -> Shaped[Array, "*b"]:  # Area; 0 where a box is inverted
@@ -68,21 +68,23 @@ def box_area(
 
 
 def _iou_giou(a, b, generalized: bool):
-    "IoU or GIoU of broadcastable boxes."
-    low, high = (torch.minimum, torch.maximum) if isinstance(a, Tensor) else (np.minimum, np.maximum)
-    corners = [high(a[..., :2], b[..., :2]), low(a[..., 2:], b[..., 2:])]
-    inter = box_area(_join(corners))
-    union = box_area(a) + box_area(b) - inter
+    "IoU or GIoU of broadcastable boxes, coordinate by coordinate: whole planes of numbers are quicker than fours."
+    tensors = isinstance(a, Tensor)
+    low, high = (torch.minimum, torch.maximum) if tensors else (np.minimum, np.maximum)
+
+    def area(x1, y1, x2, y2):
+        w, h = x2 - x1, y2 - y1
+        return w.clamp(min=0) * h.clamp(min=0) if tensors else np.maximum(w, 0) * np.maximum(h, 0)
+
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = ([x[..., i] for i in range(4)] for x in (a, b))
+    inter = area(high(ax1, bx1), high(ay1, by1), low(ax2, bx2), low(ay2, by2))
+    union = area(ax1, ay1, ax2, ay2) + area(bx1, by1, bx2, by2) - inter
     eps = 1e-9  # keeps 0/0 at 0 and changes no ratio that float32 can tell apart at pixel or unit scale
     iou = inter / (union + eps)
     if not generalized:
         return iou
-    hull = box_area(_join([low(a[..., :2], b[..., :2]), high(a[..., 2:], b[..., 2:])]))
+    hull = area(low(ax1, bx1), low(ay1, by1), high(ax2, bx2), high(ay2, by2))
     return iou - (hull - union) / (hull + eps)
-
-
-def _join(parts: list):
-    return torch.cat(parts, -1) if isinstance(parts[0], Tensor) else np.concatenate(parts, -1)
 
 # %% ../nbs/01_boxes.ipynb #7fbc86a6
 def box_iou(

@@ -121,7 +121,7 @@ def test_the_schedule_ends_when_the_time_does(tmp_path):
     config = make_config(epochs=8, plain_epochs=2, lr=1e-3, tracker="none", device="cpu", cache=True, **TINY)
     racer, plain = Racer(config, tmp_path / "run", table, table), []
     update = racer.update
-    racer.update = lambda batches: (plain.append(racer._plain), update(batches))[1]
+    racer.update = lambda batches: (plain.append(racer._stage == "plain"), update(batches))[1]
     rows = racer.race(minutes=0.1, evaluations=4)
     assert [round(row["cpu_minutes"] / 0.025) for row in rows] == [1, 2, 3, 4]
     assert [row["updates"] for row in rows] == sorted(row["updates"] for row in rows)

@@ -144,7 +144,7 @@ class ImageReader:
         boxes = known.boxes_xyxy * np.float32([w / known.size[1], h / known.size[0]] * 2)
         return Sample(image, boxes, known.labels, known.iscrowd)
 
-# %% ../../nbs/data/19_loader.ipynb #3e43854f
+# %% ../../nbs/data/19_loader.ipynb #e08b083c
 @dataclass
 class Items:
     "What a worker does: keys in, one packed batch out."
@@ -155,6 +155,7 @@ class Items:
     seed: int
     mosaic: float = 0.0
     mixup: float = 0.0
+    max_objects: int | None = None
 
     def sample(self, epoch: int, row: int, size: tuple[int, int]) -> Sample:
         "One view, a pure function of its arguments and the seed."
@@ -167,7 +168,8 @@ class Items:
             made = self._single(row, size, seeds[0])
         if again < self.mixup:
             made = mixup(made, self._single(int(others[3]), size, seeds[1]), seeds[2])
-        return made
+        crowded = self.max_objects is not None and (~made.iscrowd).sum() > self.max_objects
+        return self._single(row, size, seeds[0]) if crowded else made
 
     def _single(self, row: int, size: tuple[int, int], seed: int) -> Sample:
         known = self.read(row)
@@ -220,7 +222,7 @@ def unpack(
     originals = original_sizes[packed["rows"]].astype(np.int64)
     return Batch(packed["images"], *map(torch.from_numpy, (packed["sizes"], originals, packed["rows"])), targets)
 
-# %% ../../nbs/data/19_loader.ipynb #16b938a0
+# %% ../../nbs/data/19_loader.ipynb #1cf735c8
 @dataclass
 class Loader:
     "Batches of a table; see `make_loader`."
@@ -248,7 +250,8 @@ class Loader:
     def max_objects(self) -> int:
         "The most objects that one view can hold."
         images = (4 if self.items.mosaic else 1) + bool(self.items.mixup)  # an image may be drawn more than once
-        return images * _most(self.items.read.table)
+        most, limit = _most(self.items.read.table), self.items.max_objects
+        return images * most if limit is None else min(images * most, max(most, limit))
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         "Make the next iteration that of `epoch`, from its batch `start_batch` on."
@@ -335,7 +338,7 @@ def _across(table: Annotations, size: tuple[int, int]) -> int:
     heights, widths = table.sizes.astype(np.int64).T
     return int(((heights - widths) * (size[0] - size[1]) < 0).sum())
 
-# %% ../../nbs/data/19_loader.ipynb #5b602d19
+# %% ../../nbs/data/19_loader.ipynb #e94f6138
 def make_loader(
     annotations: Annotations,
     *,
@@ -349,6 +352,7 @@ def make_loader(
     workers: int = 0,  # Processes that read and change images; the result does not depend on it
     mosaic: float = 0.0,  # Probability of four images in one
     mixup: float = 0.0,  # Probability of a second image blended in
+    max_objects: int | None = None,  # A mosaic or blend with more objects gives way to its one image
     cache: bool = False,  # Keep the scaled images in memory
     cache_gib: float = 2.0,  # … unless that takes more than this
     drop_last: bool = False,  # Leave out the last batch of an epoch when it is not full
@@ -371,7 +375,7 @@ def make_loader(
         largest = (max(s[0] for s in scales), max(s[1] for s in scales))
         stored, note = _cached(table, largest, cache_gib)
         notes.append(note)
-    items = Items(ImageReader(table, stored), policy, divisor, seed, mosaic, mixup)
+    items = Items(ImageReader(table, stored), policy, divisor, seed, mosaic, mixup, max_objects)
     order = Order(len(table), batch_size, scales, seed, shuffle, drop_last, rank, world_size)
     loader = Loader(annotations, items, order, size, workers, notes)
     if loader.notes and rank == 0 and not quiet:

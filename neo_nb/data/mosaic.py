@@ -7,9 +7,10 @@ Views made of several images: four around a centre, or two laid over each other.
 # %% auto #0
 __all__ = ['mosaic', 'mixup']
 
-# %% ../../nbs/data/18b_mosaic.ipynb #df17ccb8
+# %% ../../nbs/data/18b_mosaic.ipynb #2e05ecec
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 
 from ..core import InputError
@@ -61,7 +62,7 @@ def _joined(image: np.ndarray, parts: list[tuple[Sample, np.ndarray]]) -> Sample
     labels, iscrowd = (np.concatenate([getattr(p, key) for p, _ in parts]) for key in ("labels", "iscrowd"))
     return Sample(image, np.concatenate([b for _, b in parts]), labels, iscrowd, sum(p.dropped for p, _ in parts))
 
-# %% ../../nbs/data/18b_mosaic.ipynb #0ee34178
+# %% ../../nbs/data/18b_mosaic.ipynb #710a9f46
 def mixup(
     first: Sample,
     second: Sample,
@@ -70,7 +71,9 @@ def mixup(
     "Two views blended, with the objects of both."
     share = np.random.default_rng(seed).uniform(0.45, 0.55)
     height, width = np.maximum(first.image.shape[:2], second.image.shape[:2])
-    image = np.zeros((height, width, 3), np.float32)
-    for sample, weight in ((first, share), (second, 1 - share)):
-        image[: sample.image.shape[0], : sample.image.shape[1]] += np.float32(weight) * sample.image
-    return _joined(np.rint(image).astype(np.uint8), [(first, first.boxes), (second, second.boxes)])
+    grounds = []
+    for image in (first.image, second.image):
+        missing = (0, height - image.shape[0], 0, width - image.shape[1])
+        grounds.append(cv2.copyMakeBorder(image, *missing, cv2.BORDER_CONSTANT) if any(missing) else image)
+    image = cv2.addWeighted(grounds[0], share, grounds[1], 1 - share, 0)
+    return _joined(image, [(first, first.boxes), (second, second.boxes)])

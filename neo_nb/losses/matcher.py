@@ -21,7 +21,7 @@ from ..boxes import cxcywh_to_xyxy, generalized_box_iou
 from ..core import InputError
 from ..data.batch import Targets
 
-# %% ../../nbs/losses/20_matcher.ipynb #0622f7bb
+# %% ../../nbs/losses/20_matcher.ipynb #c13bf952
 def class_cost(
     logits: Float[Tensor, "*l c"],  # Before the sigmoid
     *,
@@ -31,11 +31,12 @@ def class_cost(
     "The class part of the matching cost, for each class (Deformable DETR, arXiv 2010.04159)."
     logits = logits.float()
     probability = logits.sigmoid()
-    positive = alpha * (1 - probability) ** gamma * F.softplus(-logits)
-    negative = (1 - alpha) * probability**gamma * F.softplus(logits)
+    surprise = F.softplus(-logits)  # -log p; with the logit added, -log(1 - p)
+    positive = alpha * (1 - probability) ** gamma * surprise
+    negative = (1 - alpha) * probability**gamma * (logits + surprise)
     return positive - negative
 
-# %% ../../nbs/losses/20_matcher.ipynb #6ecb954f
+# %% ../../nbs/losses/20_matcher.ipynb #cf3e1c74
 class CapacityError(InputError):
     "More objects in an image than the detector has queries."
 
@@ -50,7 +51,10 @@ def pair_costs(
     layers, queries = boxes.shape[:2]
     wanted = targets.boxes.float()
     flat = boxes.float().reshape(-1, 4)
-    by_class = class_cost(logits)[..., targets.labels]
+    if len(wanted) < logits.shape[-1]:  # the cost of the classes that occur, or each class's once
+        by_class = class_cost(logits[..., targets.labels])
+    else:
+        by_class = class_cost(logits)[..., targets.labels]
     l1 = torch.cdist(flat, wanted, p=1)
     giou = generalized_box_iou(cxcywh_to_xyxy(flat), cxcywh_to_xyxy(wanted))
     geometry = weights[1] * l1 - weights[2] * giou

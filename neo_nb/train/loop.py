@@ -7,12 +7,12 @@
 # %% auto #0
 __all__ = ['NonFiniteLoss', 'Loop', 'make_accelerator', 'build_model', 'update', 'epoch', 'chunks', 'train_values']
 
-# %% ../../nbs/train/54_loop.ipynb #9977105b
+# %% ../../nbs/train/54_loop.ipynb #270b7edd
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from ..core import InputError, seed_everything
 from ..data.batch import Batch, check_size
 from ..data.loader import Loader, make_loader
 from ..data.transforms import size_for
+from ..losses.criterion import Criterion
 from ..models.backbones import freeze_norms
 from ..models.rtdetr import RTDETR
 from ..models.weights import load_weights
@@ -36,7 +37,7 @@ from .interrupt import Interrupt, is_out_of_memory
 from .optim import Ema, lr_factor, make_optimizer, set_lr
 from .tracking import Tracker
 
-# %% ../../nbs/train/54_loop.ipynb #20b59bae
+# %% ../../nbs/train/54_loop.ipynb #e01a45f5
 class NonFiniteLoss(FloatingPointError):
     "The loss is NaN or infinite; the message names step, images and the saved state."
 
@@ -68,7 +69,7 @@ class Loop:
             train_table = val_table = train_table.select(np.arange(min(count, len(train_table))))
         self.train_table, self.val_table, self.fingerprint = train_table, val_table, fingerprint(train_table)
         self.batch_size, self.accumulation = config.batch_size, config.accumulation
-        self.loader, self._plain = self._train_loader(0), self._is_plain(0)
+        self.loader, self._stage = self._train_loader(0), self._stage_of(0)
         self._check_capacity()
         self.position = {"epoch": 0, "part": 0, "batch": 0, "step": 0}  # what comes next
         self.total = config.epochs * config.repeat * math.ceil(len(self.loader) / config.accumulation)
@@ -81,15 +82,21 @@ class Loop:
         self.wrapped = self.accelerator.prepare_model(model)
         self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
 
-# %% ../../nbs/train/54_loop.ipynb #43fb30c5
-def _is_plain(self: Loop, epoch: int) -> bool:
-    "Whether an epoch is trained with flips alone."
-    return self.config.overfit_batches > 0 or epoch >= self.config.epochs - self.config.plain_epochs
+# %% ../../nbs/train/54_loop.ipynb #3cd8fc32
+def _stage_of(self: Loop, epoch: int) -> str:
+    "What an epoch's pictures are: dense (policy, mosaic, mixup), single (the policy alone), plain (flips), none."
+    c = self.config
+    start, end = (round(share * c.epochs) for share in c.dense)
+    if c.overfit_batches:
+        return "none"
+    if epoch < start or epoch >= c.epochs - c.plain_epochs:
+        return "plain"
+    return "dense" if epoch < end else "single"
 
-
+# %% ../../nbs/train/54_loop.ipynb #9ea35cc6
 def _train_loader(self: Loop, epoch: int) -> Loader:
-    c, plain = self.config, self._is_plain(epoch)
-    policy = "none" if c.overfit_batches else "flip" if plain else c.policy
+    c, stage = self.config, self._stage_of(epoch)
+    policy = {"none": "none", "plain": "flip"}.get(stage, c.policy)
     height, width = self.model.size
     share = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
     return make_loader(
@@ -102,8 +109,9 @@ def _train_loader(self: Loop, epoch: int) -> Loader:
         shuffle=True,
         seed=c.seed,
         workers=c.workers,
-        mosaic=0.0 if plain else c.mosaic,
-        mixup=0.0 if plain else c.mixup,
+        mosaic=c.mosaic if stage == "dense" else 0.0,
+        mixup=c.mixup if stage == "dense" else 0.0,
+        max_objects=self.model.num_queries,
         cache=c.cache,
         drop_last=len(self.train_table) >= 2 * self.batch_size * self.accelerator.num_processes,
         quiet=epoch > 0,
@@ -117,13 +125,13 @@ def _check_capacity(self: Loop) -> None:
         counts = np.bincount(self.train_table.image_index[~self.train_table.iscrowd], minlength=len(self.train_table))
         worst = int(counts.argmax())
         what = f"image {self.train_table.image_ids[worst]} has {counts[worst]} objects"
-        what += f" (up to {self.loader.max_objects} in one view), the model has {self.model.num_queries} queries"
+        what += f", the model has {self.model.num_queries} queries"
         raise InputError(what, self.train_table.name or None, f"set num_queries to {self.loader.max_objects} or more")
 
 
-Loop._is_plain, Loop._train_loader, Loop._check_capacity = _is_plain, _train_loader, _check_capacity
+Loop._stage_of, Loop._train_loader, Loop._check_capacity = _stage_of, _train_loader, _check_capacity
 
-# %% ../../nbs/train/54_loop.ipynb #045f160e
+# %% ../../nbs/train/54_loop.ipynb #4a8600f1
 def make_accelerator(config: TrainConfig) -> Accelerator:
     "Device and precision; in a notebook, the settings of an earlier training are forgotten first."
     if not PartialState._shared_state or PartialState().num_processes == 1:
@@ -144,6 +152,7 @@ def build_model(config: TrainConfig, table: Annotations) -> RTDETR:
     overrides |= {key: getattr(config, key) for key in ("num_queries", "backbone") if getattr(config, key)}
     names = {"class_names": table.class_names, "category_ids": table.category_ids}
     model = create_model(config.model, **names, **overrides)
+    model.criterion = Criterion(config.loss)
     model.size = check_size(config.size or size_for(table, 640))
     if config.weights:
         print(load_weights(model, config.weights))
@@ -156,7 +165,7 @@ def build_model(config: TrainConfig, table: Annotations) -> RTDETR:
             setattr(model, part, nn.SyncBatchNorm.convert_sync_batchnorm(getattr(model, part)))
     return model.to(memory_format=torch.channels_last)
 
-# %% ../../nbs/train/54_loop.ipynb #f588bf2e
+# %% ../../nbs/train/54_loop.ipynb #5358f26c
 def update(
     self: Loop,
     batches: list[Batch],  # The batches of this update
@@ -174,7 +183,12 @@ def update(
         with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
             outputs = self.wrapped(batch.images, batch.sizes, batch.targets)
             terms = self._loss(outputs, batch, num_boxes)
-            self.accelerator.backward(sum(terms.values()) / len(batches))
+            total = sum(terms.values())
+            self.accelerator.backward(total / len(batches))
+        # read once, after the backward pass is on its way: a GPU need not wait for it
+        finite, stopping = torch.stack([total.isfinite(), shared[1] > 0]).tolist()
+        if not finite:
+            self._broken(", ".join(name for name, value in terms.items() if not bool(value.isfinite())), batch)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach() / len(batches)
     clip = self.config.clip or math.inf
@@ -183,19 +197,19 @@ def update(
     self.optimizer.zero_grad(set_to_none=True)
     self.ema.update(self.accelerator.unwrap_model(self.wrapped))
     self.position["step"] += 1
-    return sums | {"loss": sum(sums.values()), "grad_norm": norm}, bool(shared[1] > 0)
+    return sums | {"loss": sum(sums.values()), "grad_norm": norm}, stopping
 
-# %% ../../nbs/train/54_loop.ipynb #9148f6ee
+# %% ../../nbs/train/54_loop.ipynb #0f71f4a4
 def _loss(self: Loop, outputs: Any, batch: Batch, num_boxes: Tensor) -> dict[str, Tensor]:
-    "The terms, or `NonFiniteLoss` with what a person needs to find the cause."
+    "The terms; the matcher is the first to see a number that is none."
     try:
-        terms = self.model.loss(outputs, batch.targets, num_boxes)
-        total = sum(terms.values())
-        if bool(total.isfinite()):
-            return terms
-        reason = ", ".join(name for name, value in terms.items() if not bool(value.isfinite()))
+        return self.model.loss(outputs, batch.targets, num_boxes)
     except FloatingPointError as error:
-        reason = str(error)
+        self._broken(str(error), batch)
+
+
+def _broken(self: Loop, reason: str, batch: Batch) -> NoReturn:
+    "`NonFiniteLoss` with what a person needs to find the cause."
     self.optimizer.zero_grad(set_to_none=True)
     ids = [str(self.train_table.image_ids[i]) for i in batch.image_index.tolist()]
     state = self.run / "weights" / "nonfinite.pt"
@@ -205,9 +219,9 @@ def _loss(self: Loop, outputs: Any, batch: Batch, num_boxes: Tensor) -> dict[str
     )
 
 
-Loop.update, Loop._loss = update, _loss
+Loop.update, Loop._loss, Loop._broken = update, _loss, _broken
 
-# %% ../../nbs/train/54_loop.ipynb #3a27a3aa
+# %% ../../nbs/train/54_loop.ipynb #165cbf51
 def epoch(
     self: Loop,
     bar: tqdm,  # Counts updates
@@ -216,8 +230,8 @@ def epoch(
 ) -> bool:  # Whether it was ended early by a signal
     "Train until the end of the current epoch."
     at = self.position
-    if self._plain != self._is_plain(at["epoch"]):
-        self.loader, self._plain = self._train_loader(at["epoch"]), self._is_plain(at["epoch"])
+    if self._stage != self._stage_of(at["epoch"]):
+        self.loader, self._stage = self._train_loader(at["epoch"]), self._stage_of(at["epoch"])
     self.wrapped.train()
     while at["part"] < self.config.repeat:
         self.loader.set_epoch(at["epoch"] * self.config.repeat + at["part"], at["batch"])
@@ -244,15 +258,15 @@ def epoch(
 def _note(self: Loop, values: dict[str, Tensor], bar: tqdm, tracker: Tracker | None) -> None:
     "Add an update's numbers to the epoch's, show and log every tenth."
     for name, value in (values | {"updates": torch.ones(())}).items():
-        self.sums[name] = self.sums.get(name, 0) + value.detach().double().cpu()
+        self.sums[name] = self.sums.get(name, 0) + value.detach().double()  # where it is: reading it would wait
     bar.update()
     if bar.n % 10 == 0 or bar.n == bar.total:
-        numbers = {name: float(value) for name, value in values.items()}
+        numbers = dict(zip(values, torch.stack([value.detach().float() for value in values.values()]).tolist()))
         bar.set_postfix_str(f"loss {numbers['loss']:.2f}", refresh=False)
         if tracker:
             tracker.log(train_values(numbers) | {"train/lr": self._lr()}, self.position["step"])
 
-# %% ../../nbs/train/54_loop.ipynb #10e1e50a
+# %% ../../nbs/train/54_loop.ipynb #d48076c2
 def chunks(
     loader: Loader,
     count: int,  # Batches an update
@@ -297,5 +311,5 @@ def _halve(self: Loop, error: RuntimeError) -> None:
         torch.cuda.empty_cache()
     self.loader = self._train_loader(at["epoch"])
 
-# %% ../../nbs/train/54_loop.ipynb #8ca134d1
+# %% ../../nbs/train/54_loop.ipynb #13f78051
 Loop.epoch, Loop._note, Loop._lr, Loop._halve = epoch, _note, _lr, _halve

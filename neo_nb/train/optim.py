@@ -30,21 +30,25 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         rows.append(row | {"name": f"{'backbone' if backbone else 'rest'}, {'decay' if decay else 'no decay'}"})
     return torch.optim.AdamW(rows, betas=(0.9, 0.999), fused=True)
 
-# %% ../../nbs/train/51_optim.ipynb #06ffc391
+# %% ../../nbs/train/51_optim.ipynb #adb6fecf
 def lr_factor(
     step: int,  # The update that comes next, from 0
     total: int,  # Updates in all
     config: TrainConfig,
 ) -> float:  # What the base rates are multiplied by, 0..1
-    "Linear warm-up, then constant, cosine or multistep."
+    "Linear warm-up, then constant, cosine, flat and cosine, or multistep."
     warmup = round(config.warmup * total)
     if step < warmup:
         return (step + 1) / warmup
     if config.schedule == "multistep":
         epoch = step * config.epochs // total
         return config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
-    if config.schedule == "cosine":
-        done = (step - warmup) / max(1, total - warmup)
+    if config.schedule != "constant":
+        start, end = warmup, total
+        if config.schedule == "flatcosine":
+            start = max(warmup, round(config.flat * total))
+            end = total * max(0, config.epochs - config.plain_epochs) // config.epochs
+        done = max(0, step - start) / max(1, end - start)
         return config.gamma + (1 - config.gamma) * (1 + math.cos(math.pi * min(done, 1))) / 2
     return 1.0
 

@@ -105,8 +105,8 @@ class Racer(Trainer):
             if at["step"] >= KNOWN:
                 self._plan((spent - start) / (at["step"] - FIRST), total - spent)
             at["epoch"] = min(int(spent / total * self.config.epochs), self.config.epochs - 1)
-            if self._plain != self._is_plain(at["epoch"]):
-                self.loader, self._plain = self._train_loader(at["epoch"]), not self._plain
+            if self._stage != self._stage_of(at["epoch"]):
+                self.loader, self._stage = self._train_loader(at["epoch"]), self._stage_of(at["epoch"])
             if spent >= total * (len(rows) + 1) / evaluations:
                 rows.append({"updates": at["step"], "cpu_minutes": round(spent / 60, 4)} | self._score())
         return rows

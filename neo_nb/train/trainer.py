@@ -178,7 +178,7 @@ Trainer._save_weights, Trainer._checkpoint, Trainer.save, Trainer._identity = (
     _identity,
 )
 
-# %% ../../nbs/train/55_trainer.ipynb #fb1e826b
+# %% ../../nbs/train/55_trainer.ipynb #5c98e233
 def load(self: Trainer, path: Path) -> None:
     "Go on where `save` stopped."
     state = load_state(path)
@@ -196,7 +196,7 @@ def load(self: Trainer, path: Path) -> None:
         self.accelerator.scaler.load_state_dict(state["scaler"])
     self.rows, self.best, self.sums, self.seconds = (state[key] for key in ("rows", "best", "sums", "seconds"))
     self.batch_size, self.accumulation = state["batch_size"], state["accumulation"]
-    self.loader, self._plain = self._train_loader(self.position["epoch"]), self._is_plain(self.position["epoch"])
+    self.loader, self._stage = self._train_loader(self.position["epoch"]), self._stage_of(self.position["epoch"])
     set_rng_state(state["rng"][self.accelerator.process_index])
 
 
@@ -248,7 +248,7 @@ def _enough(self: Trainer, metrics: dict[str, Any]) -> bool:
         self.accelerator.reduce(torch.tensor(float(patient or late), device=self.accelerator.device), "sum") > 0
     )
 
-# %% ../../nbs/train/55_trainer.ipynb #a85e9238
+# %% ../../nbs/train/55_trainer.ipynb #a9fd0c2b
 Trainer.fit, Trainer._enough = fit, _enough
 
 
