@@ -668,6 +668,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'neo_nb.models.layers': { 'neo_nb.models.layers.ConvNorm': ('models/layers.html#convnorm', 'neo_nb/models/layers.py'),
                                       'neo_nb.models.layers.ConvNorm.__init__': ( 'models/layers.html#convnorm.__init__',
                                                                                   'neo_nb/models/layers.py'),
+                                      'neo_nb.models.layers.ConvNorm.forward': ( 'models/layers.html#convnorm.forward',
+                                                                                 'neo_nb/models/layers.py'),
                                       'neo_nb.models.layers.CspRepLayer': ('models/layers.html#cspreplayer', 'neo_nb/models/layers.py'),
                                       'neo_nb.models.layers.CspRepLayer.__init__': ( 'models/layers.html#cspreplayer.__init__',
                                                                                      'neo_nb/models/layers.py'),

@@ -166,7 +166,7 @@ def reset(self: Decoder) -> None:
 
 Decoder.reset = reset
 
-# %% ../../nbs/models/33_decoder.ipynb #4b98c887
+# %% ../../nbs/models/33_decoder.ipynb #0210ff1f
 def tokens(
     self: Decoder,
     maps: list[Tensor],  # (b, d, h, w) each, fine to coarse
@@ -197,10 +197,15 @@ def select(
     usable: Bool[Tensor, "#b t"],  # False near the border and in the padding
 ) -> tuple[Tensor, Tensor, Tensor]:  # Content (b q d), logits (b q c), boxes before the sigmoid (b q 4)
     "The `num_queries` tokens with the highest class score."
-    content = self.enc_output(memory)
-    logits = self.enc_score(content)
-    chosen = self.choose(logits, usable)[..., None]
-    content, logits = (y.gather(1, chosen.expand(-1, -1, y.shape[-1])) for y in (content, logits))
+    with torch.no_grad():  # no gradient comes from the choice
+        content = self.enc_output(memory)
+        logits = self.enc_score(content)
+        chosen = self.choose(logits, usable)[..., None]
+    if torch.is_grad_enabled():  # what was chosen is computed again: 300 tokens to remember instead of 42,840
+        content = self.enc_output(memory.gather(1, chosen.expand(-1, -1, memory.shape[-1])))
+        logits = self.enc_score(content)
+    else:
+        content, logits = (y.gather(1, chosen.expand(-1, -1, y.shape[-1])) for y in (content, logits))
     reference = anchors.expand(len(logits), -1, -1).gather(1, chosen.expand(-1, -1, 4))
     return content, logits, self.enc_box(content).float() + reference
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core import InputError
 
-# %% ../../nbs/models/30_layers.ipynb #1fdad5bc
+# %% ../../nbs/models/30_layers.ipynb #d0b279d9
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, None: nn.Identity}
 
 
@@ -41,6 +41,15 @@ class ConvNorm(nn.Sequential):
     ):
         conv = nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
         super().__init__(conv, nn.BatchNorm2d(outputs), ACTIVATIONS[activation]())
+
+    def forward(self, x: Float[Tensor, "b c h0 w0"]) -> Float[Tensor, "b d h w"]:
+        conv, norm, activate = self
+        if norm.training:
+            return activate(norm(conv(x)))
+        # statistics that stand still scale the kernel: cheaper than scaling, and keeping, every map
+        factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight, bias = conv.weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
+        return activate(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
 
 
 class RepVggBlock(nn.Module):
