@@ -740,6 +740,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'neo_nb.models.rtdetr.RTDETR.__init__': ( 'models/rtdetr.html#rtdetr.__init__',
                                                                                 'neo_nb/models/rtdetr.py'),
                                       'neo_nb.models.rtdetr.RTDETRConfig': ('models/rtdetr.html#rtdetrconfig', 'neo_nb/models/rtdetr.py'),
+                                      'neo_nb.models.rtdetr._set_checkpointing': ( 'models/rtdetr.html#_set_checkpointing',
+                                                                                   'neo_nb/models/rtdetr.py'),
                                       'neo_nb.models.rtdetr._set_layers': ('models/rtdetr.html#_set_layers', 'neo_nb/models/rtdetr.py'),
                                       'neo_nb.models.rtdetr._set_queries': ('models/rtdetr.html#_set_queries', 'neo_nb/models/rtdetr.py'),
                                       'neo_nb.models.rtdetr.check_strides': ('models/rtdetr.html#check_strides', 'neo_nb/models/rtdetr.py'),

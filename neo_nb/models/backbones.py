@@ -8,7 +8,7 @@
 __all__ = ['RESNETS', 'BasicBlock', 'Bottleneck', 'make_shortcut', 'ResNetVd', 'TimmBackbone', 'freeze', 'freeze_norms',
            'make_backbone']
 
-# %% ../../nbs/models/31_backbones.ipynb #ad5e4a28
+# %% ../../nbs/models/31_backbones.ipynb #ccf2bec4
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core import InputError, nearest
 from .hgnet import HGNETS, HGNetV2
-from .layers import ConvNorm
+from .layers import ConvNorm, checkpointed
 
 # %% ../../nbs/models/31_backbones.ipynb #7c353a57
 class BasicBlock(nn.Module):
@@ -60,7 +60,7 @@ def make_shortcut(inputs: int, outputs: int, stride: int, first: bool) -> nn.Mod
         return ConvNorm(inputs, outputs)
     return nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True), ConvNorm(inputs, outputs))
 
-# %% ../../nbs/models/31_backbones.ipynb #787d1d6d
+# %% ../../nbs/models/31_backbones.ipynb #c7d9cb9d
 class ResNetVd(nn.Module):
     "Stem and four stages; returns the last maps of the stages asked for."
 
@@ -90,11 +90,12 @@ class ResNetVd(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
         self.wanted, self.strides = [(4, 8, 16, 32).index(s) for s in strides], list(strides)
         self.channels = [widths[i] * block.expansion for i in self.wanted]
+        self.checkpointing = False  # compute a stage's inside again in the backward pass
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
         x, maps = self.stem(x), []
         for stage in self.stages:
-            x = stage(x)
+            x = checkpointed(stage, x, on=self.checkpointing)
             maps.append(x)
         return [maps[i] for i in self.wanted]
 

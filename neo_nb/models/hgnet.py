@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['HGNETS', 'HGNET_KEYS', 'HgStem', 'bottom_right', 'HgBlock', 'light_layer', 'HgStage', 'HGNetV2', 'hgnet_keys']
 
-# %% ../../nbs/models/30c_hgnet.ipynb #18487b16
+# %% ../../nbs/models/30c_hgnet.ipynb #a7c5be04
 import re
 from collections.abc import Callable, Sequence
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .layers import ConvNorm
+from .layers import ConvNorm, checkpointed
 
 # %% ../../nbs/models/30c_hgnet.ipynb #cd9e8d77
 class HgStem(nn.Module):
@@ -40,7 +40,7 @@ def bottom_right(x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h1 w1"]:
     "One row of zeros below, one column to the right."
     return F.pad(x, (0, 1, 0, 1))
 
-# %% ../../nbs/models/30c_hgnet.ipynb #e87afdcf
+# %% ../../nbs/models/30c_hgnet.ipynb #16309b81
 class HgBlock(nn.Module):
     "Layers in a row, joined with their input, squeezed and excited."
 
@@ -99,7 +99,7 @@ class HgStage(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
         return self.blocks(self.down(x))
 
-# %% ../../nbs/models/30c_hgnet.ipynb #b9f6274b
+# %% ../../nbs/models/30c_hgnet.ipynb #32b1e9da
 class HGNetV2(nn.Module):
     "Stem and four stages; returns the last maps of the strides asked for."
 
@@ -121,11 +121,12 @@ class HGNetV2(nn.Module):
             inputs = outputs
         self.wanted, self.strides = [(4, 8, 16, 32).index(s) for s in strides], list(strides)
         self.channels = [widths[i] for i in self.wanted]
+        self.checkpointing = False
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
         x, maps = self.stem(x), []
         for stage in self.stages:
-            x = stage(x)
+            x = checkpointed(stage, x, on=self.checkpointing)
             maps.append(x)
         return [maps[i] for i in self.wanted]
 

@@ -7,7 +7,7 @@ RT-DETR's neck: attention within the coarsest map (AIFI), then a top-down and a 
 # %% auto #0
 __all__ = ['valid_tokens', 'Frame', 'Aifi', 'HybridEncoder']
 
-# %% ../../nbs/models/32_hybrid_encoder.ipynb #0c95c1b8
+# %% ../../nbs/models/32_hybrid_encoder.ipynb #5772172c
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from ..data.batch import canvas_sizes
-from .layers import ACTIVATIONS, ConvNorm, CspRepLayer, SelfAttention, position_embedding
+from .layers import ACTIVATIONS, ConvNorm, CspRepLayer, SelfAttention, checkpointed, position_embedding
 
 # %% ../../nbs/models/32_hybrid_encoder.ipynb #94e47bf7
 def valid_tokens(
@@ -75,7 +75,7 @@ class Aifi(nn.Module):
         tokens = self.norm2(tokens + self.linear2(F.gelu(self.linear1(tokens))))
         return tokens.transpose(1, 2).reshape(batch, channels, height, width)
 
-# %% ../../nbs/models/32_hybrid_encoder.ipynb #2de465e1
+# %% ../../nbs/models/32_hybrid_encoder.ipynb #a1fbaefe
 class HybridEncoder(nn.Module):
     "Maps of a backbone in, maps of one width out, each knowing of the others."
 
@@ -100,6 +100,7 @@ class HybridEncoder(nn.Module):
         fuse = partial(CspRepLayer, 2 * channels, channels, blocks, expansion, activation)
         self.fuse_top_down = nn.ModuleDict({name: fuse() for name in names[-2::-1]})
         self.fuse_bottom_up = nn.ModuleDict({name: fuse() for name in names[1:]})
+        self.checkpointing = False  # compute a fusion's inside again in the backward pass
 
     def forward(
         self,
@@ -111,7 +112,7 @@ class HybridEncoder(nn.Module):
         for i, (lateral, fuse) in enumerate(zip(self.lateral.values(), self.fuse_top_down.values())):
             coarse, fine = len(maps) - 1 - i, len(maps) - 2 - i
             maps[coarse] = lateral(maps[coarse])
-            maps[fine] = fuse(maps[coarse], maps[fine])
+            maps[fine] = checkpointed(fuse, maps[coarse], maps[fine], on=self.checkpointing)
         for i, (down, fuse) in enumerate(zip(self.down.values(), self.fuse_bottom_up.values())):
-            maps[i + 1] = fuse(down(maps[i]), maps[i + 1])
+            maps[i + 1] = checkpointed(fuse, down(maps[i]), maps[i + 1], on=self.checkpointing)
         return maps

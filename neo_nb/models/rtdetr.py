@@ -122,9 +122,15 @@ class RTDETR(nn.Module):
         self.class_names = tuple(f"class_{i}" for i in range(num_classes))
         self.category_ids = tuple(range(1, num_classes + 1))
 
-# %% ../../nbs/models/34_rtdetr.ipynb #2f0c8450
+# %% ../../nbs/models/34_rtdetr.ipynb #706d2c7f
 def _set_queries(self: RTDETR, value: int) -> None:
     self.decoder.num_queries = value
+
+
+def _set_checkpointing(self: RTDETR, value: bool) -> None:
+    if hasattr(self.backbone, "body"):  # timm has its own way
+        self.backbone.body.set_grad_checkpointing(value)
+    self.backbone.checkpointing = self.encoder.checkpointing = self.decoder.checkpointing = value
 
 
 def _set_layers(self: RTDETR, value: int) -> None:
@@ -137,6 +143,11 @@ RTDETR.num_queries = property(
     lambda self: self.decoder.num_queries,
     _set_queries,
     doc="How many boxes an image can have; may be set at any time.",
+)
+RTDETR.checkpointing = property(
+    lambda self: self.decoder.checkpointing,
+    _set_checkpointing,
+    doc="Whether training computes the inside of stages, fusions and decoder layers twice, to remember less.",
 )
 RTDETR.decoder_layers = property(
     lambda self: self.decoder.eval_layers, _set_layers, doc="Layers in use outside training; may be set at any time."

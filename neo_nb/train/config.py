@@ -48,7 +48,7 @@ class ModelSettings(BaseModel):
             raise ValueError("it needs 0 ≤ from ≤ to ≤ 1")
         return shares
 
-# %% ../../nbs/train/50_config.ipynb #16874ec1
+# %% ../../nbs/train/50_config.ipynb #89391964
 class TrainConfig(ModelSettings):
     "The settings of one training: those of `ModelSettings`, how long, how fast, and what of it is kept."
 
@@ -72,6 +72,8 @@ class TrainConfig(ModelSettings):
     ema_warmup: float = Field(0.05, gt=0, le=1, description="ramp of the decay, as a share of all updates")
     sync_bn: bool = Field(True, description="batch statistics over all GPUs")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
+    compile: bool = Field(False, description="torch.compile: minutes at the start, faster steps")
+    checkpointing: bool = Field(False, description="compute layers twice in training, to need less memory")
     precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of the network; losses are fp32")
     seed: int = Field(0, ge=0, lt=2**32, description="of everything drawn")
     best_by: Literal["AP", "AP50", "F1"] = Field("AP", description="which epoch is best")

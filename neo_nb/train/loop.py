@@ -131,7 +131,7 @@ def _check_capacity(self: Loop) -> None:
 
 Loop._stage_of, Loop._train_loader, Loop._check_capacity = _stage_of, _train_loader, _check_capacity
 
-# %% ../../nbs/train/54_loop.ipynb #4a8600f1
+# %% ../../nbs/train/54_loop.ipynb #3cd0904d
 def make_accelerator(config: TrainConfig) -> Accelerator:
     "Device and precision; in a notebook, the settings of an earlier training are forgotten first."
     if not PartialState._shared_state or PartialState().num_processes == 1:
@@ -163,6 +163,10 @@ def build_model(config: TrainConfig, table: Annotations) -> RTDETR:
         parts += ["backbone"] if not model.config.freeze_bn and model.config.freeze_at < 0 else []
         for part in parts:
             setattr(model, part, nn.SyncBatchNorm.convert_sync_batchnorm(getattr(model, part)))
+    model.checkpointing = config.checkpointing
+    if config.compile:
+        for part in (model.backbone, model.encoder, model.decoder):
+            part.compile()
     return model.to(memory_format=torch.channels_last)
 
 # %% ../../nbs/train/54_loop.ipynb #5358f26c
