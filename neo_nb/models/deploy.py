@@ -103,7 +103,9 @@ class FusedTokens(nn.Module):
 
     def __init__(self, projects: Sequence[nn.Conv2d], linear: nn.Linear):
         super().__init__()
-        self.levels = nn.ModuleList(nn.Sequential(after(p, linear.weight, linear.bias), nn.Identity()) for p in projects)
+        self.levels = nn.ModuleList(
+            nn.Sequential(after(p, linear.weight, linear.bias), nn.Identity()) for p in projects
+        )
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         return torch.cat([level(x).flatten(2).transpose(1, 2) for level, x in zip(self.levels, maps)], 1)

@@ -75,7 +75,9 @@ class Outputs:
 def check_strides(strides: Sequence[int]) -> None:
     "Levels must be neighbours, each twice as coarse as the one before, from 4 or 8 on."
     if len(strides) < 2 or strides[0] not in (4, 8) or any(b != 2 * a for a, b in zip(strides, strides[1:])):
-        raise InputError(f"levels of strides {tuple(strides)} do not fit", remedy="such as (8, 16, 32) or (4, 8, 16, 32)")
+        raise InputError(
+            f"levels of strides {tuple(strides)} do not fit", remedy="such as (8, 16, 32) or (4, 8, 16, 32)"
+        )
 
 
 class RTDETR(nn.Module):
@@ -235,7 +237,10 @@ def join(
         return torch.cat(values, axis).index_select(axis, order)
 
     d = DecoderOutputs(
-        joined("logits", 1, -1e4), joined("boxes", 1, 0), joined("proposal_logits", 0, -1e4), joined("proposal_boxes", 0, 0)
+        joined("logits", 1, -1e4),
+        joined("boxes", 1, 0),
+        joined("proposal_logits", 0, -1e4),
+        joined("proposal_boxes", 0, 0),
     )
     return Outputs(d.logits[-1], d.boxes[-1], padded, d)
 
