@@ -79,7 +79,7 @@ def check_strides(strides: Sequence[int]) -> None:
             f"levels of strides {tuple(strides)} do not fit", remedy="such as (8, 16, 32) or (4, 8, 16, 32)"
         )
 
-
+# %% ../../nbs/models/34_rtdetr.ipynb #bff048c3
 class RTDETR(nn.Module):
     "A real-time detection transformer."
 
@@ -222,7 +222,7 @@ def forward(
     order = torch.tensor([row for rows in groups.values() for row in rows], device=images.device).argsort()
     return join(parts, order, pad_to(frame, self.contract.divisor))
 
-
+# %% ../../nbs/models/34_rtdetr.ipynb #12b88023
 def join(
     parts: Sequence[Outputs],  # Of the same model, in evaluation
     order: Int64[Tensor, "b"],  # Which row of the parts, one after the other, comes first, second, …
