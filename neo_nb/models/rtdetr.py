@@ -71,7 +71,7 @@ class Outputs:
     decoder: DecoderOutputs  # All layers, proposals, denoising
     denoising: Denoising | None = None  # What was asked
 
-# %% ../../nbs/models/34_rtdetr.ipynb #766206d0
+# %% ../../nbs/models/34_rtdetr.ipynb #57a203fe
 def check_strides(strides: Sequence[int]) -> None:
     "Levels must be neighbours, each twice as coarse as the one before, from 4 or 8 on."
     if len(strides) < 2 or strides[0] not in (4, 8) or any(b != 2 * a for a, b in zip(strides, strides[1:])):
@@ -79,7 +79,7 @@ def check_strides(strides: Sequence[int]) -> None:
             f"levels of strides {tuple(strides)} do not fit", remedy="such as (8, 16, 32) or (4, 8, 16, 32)"
         )
 
-# %% ../../nbs/models/34_rtdetr.ipynb #bff048c3
+# %% ../../nbs/models/34_rtdetr.ipynb #28407d4d
 class RTDETR(nn.Module):
     "A real-time detection transformer."
 
@@ -155,7 +155,7 @@ RTDETR.decoder_layers = property(
     lambda self: self.decoder.eval_layers, _set_layers, doc="Layers in use outside training; may be set at any time."
 )
 
-# %% ../../nbs/models/34_rtdetr.ipynb #daad3492
+# %% ../../nbs/models/34_rtdetr.ipynb #3f243785
 def normalise(
     self: RTDETR,
     images: Shaped[Tensor, "b 3 h w"],  # uint8 in 0..255, or float in 0..1
@@ -183,6 +183,8 @@ def network(
     if sizes is None and padded != tuple(images.shape[-2:]):
         sizes = torch.tensor([images.shape[-2:]], device=images.device).expand(len(images), 2)
     frame = None if sizes is None else Frame(sizes, padded, divisor)
+    if frame is not None:  # whatever the padding holds, the network sees 0 there
+        x = x * frame.valid([padded]).unflatten(1, padded)[:, None].to(x.dtype)
     if x.is_contiguous() and next(self.parameters()).is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
     maps = self.backbone(x)
@@ -197,7 +199,7 @@ def network(
 
 RTDETR.normalise, RTDETR.network = normalise, network
 
-# %% ../../nbs/models/34_rtdetr.ipynb #be5528bd
+# %% ../../nbs/models/34_rtdetr.ipynb #395beb41
 def forward(
     self: RTDETR,
     images: Shaped[Tensor, "b 3 h w"],  # uint8 in 0..255 or float in 0..1, RGB, content top left
@@ -222,7 +224,7 @@ def forward(
     order = torch.tensor([row for rows in groups.values() for row in rows], device=images.device).argsort()
     return join(parts, order, pad_to(frame, self.contract.divisor))
 
-# %% ../../nbs/models/34_rtdetr.ipynb #12b88023
+# %% ../../nbs/models/34_rtdetr.ipynb #b80fe377
 def join(
     parts: Sequence[Outputs],  # Of the same model, in evaluation
     order: Int64[Tensor, "b"],  # Which row of the parts, one after the other, comes first, second, …
