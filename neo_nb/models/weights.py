@@ -102,7 +102,7 @@ def load_model(
     model.size = tuple(record["size"]) if record["size"] else None
     return model.to(device).eval(), record
 
-# %% ../../nbs/models/38_weights.ipynb #364d185c
+# %% ../../nbs/models/38_weights.ipynb #d3b26b5b
 def _config(record: dict) -> RTDETRConfig:
     "The configuration in a record; JSON knows no tuples."
     values = record["config"] | {"pretrained": False}
@@ -134,6 +134,7 @@ def _load_foreign(path: str | Path, class_names: Sequence[str] | None, device) -
     tensors, names, config = read_foreign(path)
     config = infer_config(tensors, config)
     known = [name for name, row in VARIANTS.items() if row.backbone == config.backbone and row.blocks == config.blocks]
+    unnamed = names is None and class_names is None  # a .pth does not say what its classes are
     names = names or class_names or [f"class_{i}" for i in range(_classes(tensors))]
     if class_names is not None and list(class_names) != list(names):
         raise InputError(f"trained for the classes {names}, not for {list(class_names)}", path)
@@ -142,7 +143,7 @@ def _load_foreign(path: str | Path, class_names: Sequence[str] | None, device) -
     tensors |= {k: own[k] for k in own if k.endswith("num_batches_tracked") and k not in tensors}
     load_strictly(model, tensors, path)
     model.size = (640, 640)
-    return model.to(device).eval(), model_record(model) | {"source": str(path)}
+    return model.to(device).eval(), model_record(model) | {"source": str(path), "unnamed": unnamed}
 
 # %% ../../nbs/models/38_weights.ipynb #2a3dc870
 def load_strictly(
