@@ -132,7 +132,7 @@ def evaluate(
     parameters = {"artifact": path, "data": data, "split": split, "max_dets": max_dets, "batch_size": batch_size}
     return _notebook("evaluate", run, parameters)
 
-# %% ../nbs/73_cli.ipynb #078e5144
+# %% ../nbs/73_cli.ipynb #062bce83
 def export(
     artifact: str,  # A run or a .safetensors
     batch: str = "1",  # Images a call: a number, or "dynamic"
@@ -151,7 +151,7 @@ def export(
 
 
 def benchmark(
-    artifacts: tuple[str, ...] = (),  # Runs and files to time against each other
+    artifacts: tuple[str, ...],  # Runs and files to time against each other
     against: Literal["transformers"] | None = None,  # Our RT-DETR beside theirs, on the same weights
     model: str = "rtdetrv2_r18",  # With --against: the variant
     rounds: int = 7,  # Times that each competitor is called
@@ -164,7 +164,10 @@ def benchmark(
         run = new_run(data=against, model=model, kind="compare")
         done = _notebook("compare", run, {"model": model, "rounds": rounds, "compiled": compiled})
         found = json.loads((run / "compare.json").read_text())
-        lines = [f"{r['ratio']:6.2f}  {r['what']}, {r['competitor']}, {r['input']}, batch {r['batch']}" for r in found["ratios"]]
+        lines = [
+            f"{r['ratio']:6.2f}  {r['what']}, {r['competitor']}, {r['input']}, batch {r['batch']}"
+            for r in found["ratios"]
+        ]
         return Result("\n".join(lines), found, done.run)
     if not artifacts:
         raise InputError("nothing to time", "neo benchmark", "give runs or files, or --against transformers")

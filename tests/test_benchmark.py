@@ -1,0 +1,42 @@
+"""The benchmark's structure; never its times."""
+
+import json
+
+from neo_nb.models import create_model, save_weights
+from neo_nb.runs import execute, new_run
+from test_cli import neo, refused, workplace  # noqa: F401  fixtures
+
+
+def test_compare_measures_every_side_of_every_case(workplace):  # noqa: F811
+    run = new_run(data="transformers", model="nano", kind="compare")
+    settings = {"model": "rtdetr_nano", "sizes": [[64, 96]], "objects": [5], "rounds": 2}
+    execute("compare", run, settings)
+    found = json.loads((run / "compare.json").read_text())
+    sides = {(row["what"], row["competitor"]) for row in found["ratios"]}
+    assert {side for what, side in sides if what == "inference"} == {
+        "transformers",
+        "transformers, channels last",
+        "ours",
+        "ours, deployed",
+        "ours, ONNX Runtime",
+    }
+    assert {what for what, _ in sides} == {
+        "inference",
+        "training, 5 objects, norms trained",
+        "training, 5 objects, norms frozen",
+    }
+    assert all(row["ratio"] == 1 for row in found["ratios"] if row["competitor"] == "transformers")
+    assert all(row["transformers, MiB"] > 0 and row["ours, MiB"] > 0 for row in found["memory"])
+    assert (run / "report.html").exists() and (run / "plots" / "ratios.svg").exists()
+
+
+def test_artifacts_are_timed_alone_and_whole(neo, workplace):  # noqa: F811
+    model = create_model("rtdetr_nano", 2)
+    model.size = (64, 96)
+    save_weights(model, workplace / "a.safetensors")
+    status, out, err = neo("benchmark", workplace / "a.safetensors", "--rounds", "3", "--json")
+    assert status == 0, err
+    rows = json.loads(out)["latency"]
+    assert [row["competitor"].rpartition(", ")[2] for row in rows] == ["network", "from picture to boxes"]
+    assert all(row["rounds"] == 3 and row["images/s"] > 0 for row in rows)
+    refused(neo("benchmark"), "nothing to time", "--against transformers")
