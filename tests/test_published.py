@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from test_cli import coco, neo, refused, workplace  # noqa: F401  fixtures
 
 from neo_nb.core import InputError
 from neo_nb.deploy import load_artifact
@@ -12,7 +13,6 @@ from neo_nb.models import create_model, load_weights
 from neo_nb.models.peer import peer_config
 from neo_nb.models.weights import load_model
 from neo_nb.models.zoo import VARIANTS
-from test_cli import coco, neo, refused, workplace  # noqa: F401  fixtures
 
 LEVELS = {"8": 0, "16": 1, "32": 2}
 REFERENCE = [  # our names -> the reference's, as its source has them
