@@ -143,7 +143,7 @@ def test_every_key_without_a_place_is_named(tmp_path, pth):
 
 def test_both_are_evaluated_and_fine_tuned_from_the_shell(neo, workplace, folder, pth):  # noqa: F811
     data = coco(workplace / "one")
-    for path, words in ((folder, []), (pth[0], [])):
+    for path in (folder, pth[0]):
         status, out, err = neo("evaluate", path, "--data", data, "--json")
         assert status == 0, err
         assert "AP" in json.loads(out), out
