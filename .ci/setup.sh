@@ -16,6 +16,11 @@ if [ -x .venv/bin/python ] && [ "$(cat .venv/made-from 2>/dev/null)" = "$wanted"
   exit 0
 fi
 
+if [ -e .venv/unfinished ]; then # packages half copied look whole to an installer
+  echo "setup: an earlier one was cut off; beginning anew"
+  rm -rf .venv
+fi
+
 if [ ! -x .venv/bin/python ]; then
   echo "setup: making .venv with $(python3 --version)"
   if ! python3 -m venv .venv 2>/dev/null; then # Debian keeps ensurepip in a package of its own
@@ -29,6 +34,7 @@ if [ ! -x .venv/bin/python ]; then
   fi
 fi
 
+touch .venv/unfinished
 echo "setup: installing (a few minutes the first time: torch is large)"
 uv=$(command -v uv || true)
 if [ -z "$uv" ] && .venv/bin/python -m pip install -q uv 2>/dev/null; then uv=.venv/bin/uv; fi
@@ -38,4 +44,5 @@ else
   .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
 fi
 echo "$wanted" > .venv/made-from
+rm -f .venv/unfinished
 echo "setup: done; try  make demo  or  .venv/bin/neo --help"
