@@ -181,6 +181,7 @@ class Handler(BaseHTTPRequestHandler):
 def hub(tmp_path, monkeypatch):
     """A hub of its own, and the client's settings as a user's environment would set them."""
     server = SmallHub()
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)  # the suite runs with HF_HUB_OFFLINE=1
     monkeypatch.setattr(hub_constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub_constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
@@ -278,6 +279,7 @@ def test_a_users_environment_is_enough(hub, model, tmp_path):
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": TOKEN,
         "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
     }
     run = [sys.executable, "-c", code, str(tmp_path / "cells")]
