@@ -23,8 +23,22 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core import InputError
 
-# %% ../../nbs/models/30_layers.ipynb #d0b279d9
+# %% ../../nbs/models/30_layers.ipynb #2c987887
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, None: nn.Identity}
+
+
+class _PackedGradient(torch.autograd.Function):
+    "The identity; its gradient is laid out in memory as the map is."
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        ctx.layout = torch.channels_last if last else torch.contiguous_format
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.contiguous(memory_format=ctx.layout)
 
 
 class ConvNorm(nn.Sequential):
@@ -45,7 +59,7 @@ class ConvNorm(nn.Sequential):
     def forward(self, x: Float[Tensor, "b c h0 w0"]) -> Float[Tensor, "b d h w"]:
         conv, norm, activate = self
         if norm.training:
-            return activate(norm(conv(x)))
+            return activate(_PackedGradient.apply(norm(conv(x))))
         # statistics that stand still scale the kernel: cheaper than scaling, and keeping, every map
         factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
         weight, bias = conv.weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
