@@ -11,7 +11,7 @@ __all__ = ['COMMANDS', 'check_port', 'dashboard', 'lab', 'overview', 'main']
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .core import InputError, pick, raise_for_disk, settings

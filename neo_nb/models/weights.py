@@ -24,7 +24,7 @@ from .layouts import infer_config, read_foreign
 from .rtdetr import RTDETR, RTDETRConfig
 from .zoo import VARIANTS, create_model
 
-# %% ../../nbs/models/38_weights.ipynb #9cfd2ad5
+# %% ../../nbs/models/38_weights.ipynb #f7fb777b
 FORMAT = 2  # Raised when the record changes in a way that older code cannot read
 
 
@@ -51,7 +51,9 @@ def save_weights(
     state: dict[str, Tensor] | None = None,  # Other weights of the same shape, such as the averaged ones
     **more: object,  # Goes into the record: metrics, data, fingerprint
 ) -> None:
-    "Write the weights and their record into one file, whole or not at all."
+    "Write the weights and their record into one file, whole or not at all; refuses a deployed copy."
+    if getattr(model, "deployed", False):
+        raise InputError("a deployed copy is fused for speed and cannot be trained on", path, "save the one it is of")
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in (state or model.state_dict()).items()}
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"neo_nb": json.dumps(model_record(model, **more))})
