@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core import InputError
 
-# %% ../../nbs/models/30_layers.ipynb #2c987887
+# %% ../../nbs/models/30_layers.ipynb #602aeb38
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, None: nn.Identity}
 
 
@@ -40,7 +40,7 @@ class _PackedGradient(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Tensor:
         return gradient.contiguous(memory_format=ctx.layout)
 
-
+# %% ../../nbs/models/30_layers.ipynb #a350dfa2
 class ConvNorm(nn.Sequential):
     "Convolution without bias, batch norm, activation."
 
@@ -65,7 +65,7 @@ class ConvNorm(nn.Sequential):
         weight, bias = conv.weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
         return activate(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
 
-
+# %% ../../nbs/models/30_layers.ipynb #5ec9fc63
 class RepVggBlock(nn.Module):
     "A 3x3 and a 1x1 convolution side by side, activated after the sum."
 
