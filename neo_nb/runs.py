@@ -97,8 +97,8 @@ def record(
         path.write_text(json.dumps(known, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
     return known
 
-# %% ../nbs/71_runs.ipynb #d5a2b71a
-_PACKAGES = ("neo_nb torch torchvision timm accelerate albumentations faster-coco-eval numpy onnx onnxruntime").split()
+# %% ../nbs/71_runs.ipynb #f9dc9924
+_PACKAGES = ("neo_nb torch torchvision timm accelerate albumentations numpy onnx onnxruntime").split()
 
 
 def describe_code(root: str | Path | None = None) -> dict:  # commit (None without git), dirty, version
@@ -217,7 +217,7 @@ def _settled(run: Path, output: Path, new: bool):
         record(run, status=status, error=str(error), seconds=round(time.time() - start, 1))
         raise
 
-# %% ../nbs/71_runs.ipynb #3d4d75c3
+# %% ../nbs/71_runs.ipynb #b9010a54
 def _output(run: Path, stem: str) -> Path:
     "Where the executed notebook goes: `train.ipynb`, and for a resumed run `train-2.ipynb`."
     names = [f"{stem}.ipynb"] + [f"{stem}-{i}.ipynb" for i in range(2, 1000)]
@@ -251,7 +251,7 @@ def _run(notebook: Path, output: Path, parameters: dict, watch: Any) -> None:
         raise_for_disk(error, output)
         raise
 
-# %% ../nbs/71_runs.ipynb #ab44cd3f
+# %% ../nbs/71_runs.ipynb #503fec82
 def execute(
     notebook: str | Path,  # A command's name such as "train", or a path
     run: str | Path,  # The run's folder
