@@ -67,7 +67,7 @@ def turns(
     "The place of each detection among those of its image and class."
     return ranks(detections.image_index * max(len(detections.class_names), 1) + detections.labels)
 
-# %% ../../nbs/evaluate/40_matching.ipynb #2481ff62
+# %% ../../nbs/evaluate/40_matching.ipynb #2823df95
 @dataclass(frozen=True, eq=False)
 class Pairs:
     "Detections and objects of one image and class that overlap; by detection's group, then turn, then object."
@@ -76,7 +76,7 @@ class Pairs:
     truth: np.ndarray  # p, int64: row of the object
     iou: np.ndarray  # p, float64: 0..1; with a crowd region: the share of the detection inside
 
-
+# %% ../../nbs/evaluate/40_matching.ipynb #a63d9287
 BLOCK = 1 << 18  # Pairs at a time
 
 
