@@ -146,7 +146,7 @@ def _sorted_pairs(pairs: np.ndarray, detections: Detections, classes: int) -> Pa
     order = np.lexsort((truth, detection, group))
     return Pairs(detection[order], truth[order], iou[order])
 
-# %% ../../nbs/evaluate/40_matching.ipynb #7da97327
+# %% ../../nbs/evaluate/40_matching.ipynb #7916caa1
 @dataclass(frozen=True, eq=False)
 class Taken:
     "What the detections that overlap anything took, at each threshold."
@@ -164,7 +164,7 @@ def _rounds(group: np.ndarray, detection: np.ndarray) -> tuple[np.ndarray, np.nd
     pairs = np.arange(starts[-1]) + np.repeat(first[order] - starts[:-1], sizes[order])
     return pairs, starts, np.cumsum(np.bincount(turn)) if len(turn) else np.zeros(0, np.int64)
 
-
+# %% ../../nbs/evaluate/40_matching.ipynb #d0c9894b
 def take_turns(
     pairs: Pairs,
     detections: Detections,
