@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'number_text', 'results_text', 'metrics_tables', 'picture', 'spread', 'size_of', 'draw_pictures',
-           'save_evaluation', 'save_figure', 'read_results', 'plot_curves']
+           'save_evaluation', 'save_analysis', 'save_figure', 'read_results', 'plot_curves']
 
 # %% ../nbs/72_results.ipynb #ea87b01b
 import csv
@@ -21,7 +21,7 @@ from .annotations import Annotations
 from .core import atomic_write
 from .detections import Detections, save_detections
 
-# %% ../nbs/72_results.ipynb #c9ad3167
+# %% ../nbs/72_results.ipynb #d73016f0
 MAIN = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "F1", "threshold", "precision", "recall")
 
 
@@ -72,7 +72,7 @@ def picture(image: np.ndarray, quality: int = 75) -> Any:  # An IPython Image
     _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     return Image(data.tobytes(), format="jpeg")
 
-# %% ../nbs/72_results.ipynb #36f8184d
+# %% ../nbs/72_results.ipynb #8d881618
 def spread(total: int, count: int) -> list[int]:
     "`count` row numbers, evenly over `total`; all of them when there are fewer."
     return np.unique(np.linspace(0, total - 1, min(total, count)).round().astype(int)).tolist() if total else []
@@ -108,7 +108,7 @@ def draw_pictures(
         pictures.append((str(truth.image_id), image))
     return pictures
 
-# %% ../nbs/72_results.ipynb #887b708f
+# %% ../nbs/72_results.ipynb #cd32d161
 def save_evaluation(
     run: str | Path,  # The run's folder
     detections: Detections,
@@ -116,7 +116,7 @@ def save_evaluation(
     metrics: Mapping[str, Any],  # From `evaluate`
     pictures: int = 16,  # How many to draw
 ) -> None:
-    "Write numbers, plots and pictures into the run's folder."
+    "Write numbers, plots, pictures and galleries of the worst cases into the run's folder."
     from neo_nb.draw import save_image
     from neo_nb.evaluate.operating_point import plot_f1, plot_pr, threshold_curves
 
@@ -134,8 +134,34 @@ def save_evaluation(
     for number, (image_id, image) in enumerate(drawn):
         name = "".join(c if c.isalnum() or c in "-_" else "_" for c in image_id)[:60]
         save_image(image, run / "pictures" / f"{number:02d}-{name}.jpg", quality=82)
+    save_analysis(run, detections, annotations, metrics)
 
+# %% ../nbs/72_results.ipynb #bd349c9d
+def save_analysis(
+    run: str | Path,  # The run's folder
+    detections: Detections,
+    annotations: Annotations,  # What was evaluated
+    metrics: Mapping[str, Any],  # From `evaluate`
+) -> None:
+    "Write what goes wrong: `analysis.json`, its plots, and `gallery/` with the worst cases."
+    from neo_nb.evaluate import analysis
+    from neo_nb.evaluate.errors import find_errors
+    from neo_nb.evaluate.gallery import find_cases, save_gallery
 
+    run, found = Path(run), analysis.analyse(detections, annotations, metrics)
+    with atomic_write(run / "analysis.json") as path:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for name in ("slices", "costs", "calibration"):
+        save_figure(getattr(analysis, f"plot_{name}")(found[name]), run / "plots" / f"{name}.svg")
+    if len(annotations.class_names) > 1 and "confusion" in found:
+        figure = analysis.plot_confusion(found["confusion"], annotations.class_names)
+        save_figure(figure, run / "plots" / "confusion.svg")
+    threshold = max(metrics["threshold"], 0.0)
+    errors = find_errors(detections, annotations, metrics["iou_threshold"], threshold, max_dets=metrics["max_dets"])
+    cases = find_cases(errors, detections, annotations)
+    save_gallery(run / "gallery", cases, detections, annotations, threshold)
+
+# %% ../nbs/72_results.ipynb #0e4408c5
 def save_figure(figure: Any, path: str | Path) -> None:
     "Write a matplotlib figure, whole or not at all."
     with atomic_write(path) as temporary:
