@@ -11,7 +11,7 @@ exec 9>.venv.lock
 flock 9 2>/dev/null || true # two at once wait for each other
 trap 'rm -f .venv.lock' EXIT
 
-wanted=$(cat pyproject.toml constraints.txt .ci/setup.sh | sha256sum | cut -c1-16)
+wanted=$(cat pyproject.toml constraints.txt .ci/setup.sh .ci/database.py | sha256sum | cut -c1-16)
 if [ -x .venv/bin/python ] && [ "$(cat .venv/made-from 2>/dev/null)" = "$wanted" ]; then
   exit 0
 fi
@@ -43,6 +43,7 @@ if [ -n "$uv" ]; then
 else
   .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
 fi
+.venv/bin/python .ci/database.py
 echo "$wanted" > .venv/made-from
 rm -f .venv/unfinished
 echo "setup: done; try  make demo  or  .venv/bin/neo --help"
