@@ -20,7 +20,7 @@ from .compare import image_counts
 from .errors import IS_RIGHT, KINDS, NOT_COUNTED, Errors, find_errors
 from .slices import BUCKETS
 
-# %% ../../nbs/evaluate/47b_browse.ipynb #6009dc98
+# %% ../../nbs/evaluate/47b_browse.ipynb #14929e75
 def _shares(boxes: np.ndarray, sizes: np.ndarray) -> list[list[float]]:
     "Boxes in pixels as FiftyOne's shares of the image."
     scale = np.maximum(np.concatenate([sizes[:, ::-1], sizes[:, ::-1]], 1), 1)
@@ -64,7 +64,7 @@ def _said(fo: Any, detections: Detections, annotations: Annotations, errors: Err
         for row, (box, label, score, kind, iou, area, size) in enumerate(columns)
     ]  # fmt: skip
 
-# %% ../../nbs/evaluate/47b_browse.ipynb #485d083a
+# %% ../../nbs/evaluate/47b_browse.ipynb #01285f59
 def _samples(
     fo: Any, detections: Detections, annotations: Annotations, errors: Errors, counts: np.ndarray
 ) -> list[Any]:
@@ -116,7 +116,7 @@ def _save_views(fo: Any, dataset: Any) -> None:
     for name, view in views.items():
         dataset.save_view(name, view, overwrite=True)
 
-# %% ../../nbs/evaluate/47b_browse.ipynb #61a12a8d
+# %% ../../nbs/evaluate/47b_browse.ipynb #08b71962
 TAGS = ("hard_negative", "label_error", "golden")  # What a person says in the App
 
 
