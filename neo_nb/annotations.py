@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from .boxes import box_area
 from .core import InputError, atomic_write
 
-# %% ../nbs/02_annotations.ipynb #880f4c67
+# %% ../nbs/02_annotations.ipynb #be7ec7b8
 @dataclass(frozen=True, eq=False)
 class Annotations:
     "A split of a data set as columns, numpy arrays whatever was given; the table above has their shapes and units."
@@ -47,8 +47,7 @@ class Annotations:
     weights: ArrayLike | None = None
 
     def __post_init__(self):
-        n, m = len(self.image_ids), len(self.boxes_xyxy)
-        ids = np.asarray(self.image_ids)
+        n, m, ids = len(self.image_ids), len(self.boxes_xyxy), np.asarray(self.image_ids)
         given = {
             "image_ids": ids if ids.dtype.kind == "U" else _typed(ids, np.int64),
             "file_names": np.asarray(self.file_names, dtype=str),
@@ -63,11 +62,10 @@ class Annotations:
             "lines": np.zeros(m, np.int32) if self.lines is None else _typed(self.lines, np.int32),
             "class_names": tuple(self.class_names),
             "category_ids": tuple(map(int, self.category_ids)) or tuple(range(1, len(self.class_names) + 1)),
-            "root": Path(self.root),
-            "extras": dict(self.extras),
         }
-        areas = box_area(given["boxes_xyxy"]) if self.areas is None else self.areas
-        for key, value in (given | {"areas": _typed(areas, np.float32)}).items():
+        given |= {"root": Path(self.root), "extras": dict(self.extras)}
+        given["areas"] = _typed(box_area(given["boxes_xyxy"]) if self.areas is None else self.areas, np.float32)
+        for key, value in given.items():
             object.__setattr__(self, key, value)
         self._validate(n, m)
 

@@ -88,7 +88,7 @@ def usable(
             notes.append(f"{rows.sum():,} of {len(bad):,} boxes {what} (image {named})")
     return replace(annotations, boxes_xyxy=cut).select_boxes(~bad), notes
 
-# %% ../../nbs/data/19_loader.ipynb #a3b30363
+# %% ../../nbs/data/19_loader.ipynb #a4cdc6c9
 def epoch_length(
     weights: np.ndarray,  # n, of each image: how often an epoch has it, on average
 ) -> int:
@@ -107,7 +107,7 @@ def drawn(
     teeth = (np.arange(count) + np.random.default_rng(seed).uniform()) * (ends[-1] / count)
     return np.searchsorted(ends, teeth, side="right").clip(max=np.flatnonzero(weights)[-1])
 
-
+# %% ../../nbs/data/19_loader.ipynb #3d4cdbf5
 @dataclass
 class Order:
     "The keys of one epoch's batches: (epoch, row, height, width, copy) of each item of this rank."
