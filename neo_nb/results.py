@@ -191,9 +191,8 @@ def crop_features(
     errors: Any,  # From `find_errors`
 ) -> np.ndarray | None:  # m d, float32: zeros for what is no error; None without weights
     "The detector's own features of every wrong detection."
-    from neo_nb.deploy.embed import embed_boxes
-
     from neo_nb.deploy.artifact import load_artifact
+    from neo_nb.deploy.embed import embed_boxes
     from neo_nb.evaluate.errors import IS_RIGHT, NOT_COUNTED
     from neo_nb.runs import read_record
 
