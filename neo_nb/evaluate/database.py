@@ -79,15 +79,17 @@ def _lock(folder: Path, patience: float = 3.0) -> None:
     file.flush()
     _held[folder] = file
 
-# %% ../../nbs/evaluate/47_database.ipynb #a6267420
+# %% ../../nbs/evaluate/47_database.ipynb #231ea994
 def open_database(
-    folder: str | Path | None = None,  # Of the database; `fiftyone` in the workspace's data folder when None
+    folder: str | Path | None = None,  # Of the database; `.fiftyone` beside the runs when None
 ) -> Any:  # The module fiftyone
     "FiftyOne on the workspace's database. Raises `InputError` when it cannot start or is in use."
     problem = database_problem()
     if problem:
         raise InputError(f"FiftyOne's database cannot start: {problem}")
-    home = Path(folder or os.environ.get("FIFTYONE_DATABASE_DIR") or Path(settings()["data"], "fiftyone")).absolute()
+    home = Path(
+        folder or os.environ.get("FIFTYONE_DATABASE_DIR") or Path(settings()["reports"], ".fiftyone")
+    ).absolute()
     if not os.environ.get("FIFTYONE_DATABASE_URI"):
         _lock(home)
     quiet = {"FIFTYONE_DO_NOT_TRACK": "true", "FIFTYONE_DATABASE_VALIDATION": "false"}
