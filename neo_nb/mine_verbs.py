@@ -134,7 +134,7 @@ def cases_of(chosen: Any, detections: Any) -> dict[str, list]:  # For `save_gall
         for i, kind in zip(chosen.rows, chosen.kinds)
     ]}  # fmt: skip
 
-# %% ../nbs/72h_mine.ipynb #dc328302
+# %% ../nbs/72h_mine.ipynb #5a438da6
 def free_name(data: str | Path) -> tuple[str, int]:  # Such as "logos-mined-2", and the number
     "The name of the next round."
     base = re.sub(r"-mined-\d+$", "", Path(data).stem)
@@ -165,8 +165,7 @@ def write_round(
     name = name or free_name(data)[0]
     path = workspace_root() / "data_manifests" / f"{name}.yaml"
     if path.exists() or Path(name).name != name:
-        what = "there is a data set of this name" if path.exists() else "not a name"
-        raise InputError(what, name, "pass another --name")
+        raise InputError("a data set has this name" if path.exists() else "not a name", name, "pass another --name")
     weights, images = _sums(ground, chosen, known)
     mined = Mined(of=Path(data).stem, split=split, run=run, round=known.round + 1 if known else 1, weights=weights,
                   images=images, negatives=_negatives(ground.table, detections, chosen, ground.always),
