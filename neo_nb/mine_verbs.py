@@ -20,7 +20,7 @@ import numpy as np
 from .core import InputError, settings, workspace_root
 from .verbs import Result, check_data, find_artifact, near, run_about, run_notebook
 
-# %% ../nbs/72h_mine.ipynb #a1c862cc
+# %% ../nbs/72h_mine.ipynb #26367013
 @dataclass(frozen=True, eq=False)
 class Ground:
     "What is mined."
@@ -31,7 +31,7 @@ class Ground:
     always: np.ndarray  # n, bool: tagged hard_negative
     counts: dict[str, int]
 
-
+# %% ../nbs/72h_mine.ipynb #86f81cf4
 def gather(
     data: str | Path,  # A data set, or a path to a manifest
     split: str = "train",  # Split of it
