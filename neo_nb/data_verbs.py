@@ -14,7 +14,7 @@ from typing import Literal
 from .core import pick, settings
 from .verbs import Result, near
 
-# %% ../nbs/72f_data_verbs.ipynb #d7bfa145
+# %% ../nbs/72f_data_verbs.ipynb #f543ea8d
 def data_list() -> Result:
     "Name the data sets, and whether they are here."
     from neo_nb.data.manifest import list_datasets, load_manifest
@@ -22,7 +22,7 @@ def data_list() -> Result:
     rows = []
     for name in list_datasets():
         m = load_manifest(name)
-        here = m.format == "scenes" or m.folder.is_dir()
+        here = m.drawn or m.folder.is_dir()
         rows.append({"name": name, "format": m.format, "splits": list(m.splits), "here": here, "title": m.title})
     lines = [f"{r['name']:14} {r['format']:7} {'here' if r['here'] else 'absent':7} {r['title']}" for r in rows]
     return Result("\n".join(lines), {"datasets": rows})

@@ -44,7 +44,7 @@ def _version(package: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return None
 
-# %% ../nbs/72c_doctor.ipynb #8ed7eb7c
+# %% ../nbs/72c_doctor.ipynb #ad9f03a3
 def look_at_python() -> Finding:
     "The interpreter."
     return Finding("python", "ok", f"{platform.python_version()} ({sys.executable})")
@@ -80,7 +80,7 @@ def look_at_shared_memory() -> Finding:
         return Finding("/dev/shm", "warn", f"{free:.2f} GiB free", "docker run --shm-size=8g, or --workers 0")
     return Finding("/dev/shm", "ok", f"{free:.1f} GiB free")
 
-# %% ../nbs/72c_doctor.ipynb #aad686a5
+# %% ../nbs/72c_doctor.ipynb #6d10597b
 def look_at_disk() -> list[Finding]:
     "Room for runs and data."
     found = []
@@ -135,7 +135,7 @@ def look_at_onnx() -> Finding:
     providers = ", ".join(p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers())
     return Finding("onnxruntime", "ok", f"{onnxruntime.__version__}: {providers}")
 
-# %% ../nbs/72c_doctor.ipynb #f8b96ca3
+# %% ../nbs/72c_doctor.ipynb #4ecda5a0
 def look_at_packages() -> Finding:
     "Every dependency, there and new enough."
     from packaging.requirements import Requirement
@@ -178,7 +178,7 @@ def look_at_data() -> Finding:
             manifest = load_manifest(name)
         except InputError as error:
             return Finding("data sets", "warn", str(error))
-        (here if manifest.format == "scenes" or manifest.folder.is_dir() else absent).append(name)
+        (here if manifest.drawn or manifest.folder.is_dir() else absent).append(name)
     what = f"here: {', '.join(here) or 'none'}; absent: {', '.join(absent) or 'none'}"
     return Finding("data sets", "ok", what, "NEO_DATA names the folder where data sets lie" if absent else "")
 
