@@ -228,7 +228,9 @@ def draw_sheet(
     rng: np.random.Generator,
     kind: str,  # One of KINDS
     size: tuple[int, int],  # (height, width) in pixels of the picture
-    marks: Sequence[tuple[str, float]] = (),  # Kind of mark ("logo" or a look-alike) and its height, pixels of the picture
+    marks: Sequence[
+        tuple[str, float]
+    ] = (),  # Kind of mark ("logo" or a look-alike) and its height, pixels of the picture
 ) -> Sheet:
     "Print a sheet; a mark for which there is no room is left out."
     size = round(size[0] * ZOOM), round(size[1] * ZOOM)

@@ -79,7 +79,7 @@ def _checked(entry: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"a competitor needs a name, found {dict(entry)}")
     return dict(entry)
 
-# %% ../../nbs/train/56_race.ipynb #577548a1
+# %% ../../nbs/train/56_race.ipynb #6f0e1cbd
 FIRST, KNOWN = 3, 13  # Updates that do not count for the pace, and from which on it is known
 
 
@@ -105,6 +105,9 @@ class Racer(Trainer):
             if at["step"] >= KNOWN:
                 self._plan((spent - start) / (at["step"] - FIRST), total - spent)
             at["epoch"] = min(int(spent / total * self.config.epochs), self.config.epochs - 1)
+            if self._release and at["epoch"] >= self.config.freeze_epochs:
+                self._hold_backbone()
+                self.wrapped.train()
             if self._stage != self._stage_of(at["epoch"]):
                 self.loader, self._stage = self._train_loader(at["epoch"]), self._stage_of(at["epoch"])
             if spent >= total * (len(rows) + 1) / evaluations:
