@@ -8,7 +8,7 @@
 __all__ = ['Format', 'log', 'Print', 'Split', 'Archive', 'Manifest', 'list_datasets', 'load_manifest', 'read_split', 'take_print',
            'differences', 'load_dataset', 'changes_of', 'faults_line', 'write_manifest']
 
-# %% ../../nbs/data/15_manifest.ipynb #28cf6fb1
+# %% ../../nbs/data/15_manifest.ipynb #2dd80c4f
 import hashlib
 import logging
 import os
@@ -24,6 +24,7 @@ from ..annotations import Annotations, fingerprint, open_table, save_table
 from ..core import InputError, atomic_write, pick, settings, workspace_root
 from .coco import read_coco
 from .dice import read_dice
+from .mined import apply_mined, read_mined
 from .problems import Problem, faulty_boxes, note, place, read_text
 from .voc import read_voc
 from .yolo import read_yolo
@@ -86,6 +87,7 @@ class Manifest(_Strict):
     sizes: list[tuple[int, int]] = Field(default_factory=list)  # Logos: several sizes, one drawn for each picture
     heights: tuple[float, float] | None = None  # Logos: of the marks, from and to, pixels in a picture of 1080 lines
     archives: list[Archive] = Field(default_factory=list)
+    mined: str | None = None  # JSON of mined weights and images, from the manifest's own folder
 
     @property
     def drawn(self) -> bool:
@@ -97,7 +99,7 @@ class Manifest(_Strict):
         "The root as an absolute path."
         return Path(settings()["data"], Path(self.root).expanduser())
 
-# %% ../../nbs/data/15_manifest.ipynb #683592af
+# %% ../../nbs/data/15_manifest.ipynb #5b1efc0b
 def list_datasets() -> list[str]:
     "The names that `load_dataset` knows."
     return sorted(path.stem for path in (workspace_root() / "data_manifests").glob("*.yaml"))
@@ -112,7 +114,10 @@ def load_manifest(
         path = workspace_root() / "data_manifests" / f"{pick(str(name), list_datasets(), 'dataset')}.yaml"
     try:
         content = yaml.safe_load(read_text(path) or "")
-        return Manifest.model_validate((content if isinstance(content, dict) else {}) | {"name": path.stem})
+        manifest = Manifest.model_validate((content if isinstance(content, dict) else {}) | {"name": path.stem})
+        return manifest.model_copy(
+            update={"mined": str(path.absolute().parent / manifest.mined)} if manifest.mined else {}
+        )
     except yaml.YAMLError as error:
         raise InputError(f"not YAML ({getattr(error, 'problem', error)})", path) from error
     except ValidationError as error:
@@ -130,11 +135,16 @@ def read_split(
     problems: list[Problem] | None = None,  # Where faults are collected; None raises the first
     extras: bool = False,  # Keep masks and keypoints too
 ) -> Annotations:
-    "A split as its files say, unjudged."
-    entry, name = (
-        manifest.splits[pick(split, manifest.splits, f"split of {manifest.name}")],
-        f"{manifest.name}/{split}",
-    )
+    "A split as its files say, unjudged; with what was mined for it."
+    pick(split, manifest.splits, f"split of {manifest.name}")
+    table = _as_stored(manifest, split, problems, extras)
+    mined = read_mined(manifest.mined) if manifest.mined and len(table) else None
+    return apply_mined(table, mined) if mined is not None and mined.split == split else table
+
+
+def _as_stored(manifest: Manifest, split: str, problems: list[Problem] | None, extras: bool) -> Annotations:
+    "A split as its files say."
+    entry, name = manifest.splits[split], f"{manifest.name}/{split}"
     if manifest.format == "scenes":
         return _scenes(manifest, entry, name)
     if manifest.format == "logos":
