@@ -57,7 +57,7 @@ def _surroundings(rng: np.random.Generator, place: str, size: tuple[int, int]) -
             cv2.line(image, (0, int(y)), (width, int(y)), (base * 0.7).tolist(), max(1, height // 350))
     return image + _noise(rng, size, (6, 10), 7) + _noise(rng, size, (height // 4 + 2, width // 4 + 2), 4)
 
-# %% ../../nbs/data/14d_logos.ipynb #7af58de9
+# %% ../../nbs/data/14d_logos.ipynb #4cb5c0f4
 @dataclass
 class LogoPicture:
     "A picture with logos, and what was laid into it."
@@ -72,7 +72,7 @@ class LogoPicture:
     look_alikes: list[tuple[str, np.ndarray]] = field(default_factory=list)  # Their kind and xyxy box
 
 
-def _project(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+def _project(points: Sequence | np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return cv2.perspectiveTransform(np.asarray(points, np.float64)[None], matrix)[0]
 
 
