@@ -226,7 +226,7 @@ def _broken(self: Loop, reason: str, batch: Batch) -> NoReturn:
 
 Loop.update, Loop._loss, Loop._broken = update, _loss, _broken
 
-# %% ../../nbs/train/54_loop.ipynb #188d6ebd
+# %% ../../nbs/train/54_loop.ipynb #c95b7885
 def _hold_backbone(self: Loop) -> None:
     "Hold the backbone in the first epochs, let it go afterwards."
     held = self.position["epoch"] < self.config.freeze_epochs
@@ -239,7 +239,6 @@ def _hold_backbone(self: Loop) -> None:
         self._release = None
     if self.accelerator.num_processes > 1:
         whole = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        self.accelerator._models.remove(self.wrapped)  # or it would keep its copy of all gradients
         self.wrapped = self.accelerator.prepare_model(whole)
 
 
