@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'dashboard', 'lab', 'overview', 'main']
 
-# %% ../nbs/73_cli.ipynb #078ebce7
+# %% ../nbs/73_cli.ipynb #d53caf9b
 import json
 import os
 import sys
@@ -18,6 +18,7 @@ from .browse_verbs import compare, errors
 from .core import InputError, pick, raise_for_disk, settings
 from .data_verbs import data_check, data_fetch, data_import, data_list, data_show
 from .flags import parse, placed
+from .mine_verbs import mine
 from .verbs import Result, benchmark, check_port, demo, doctor, evaluate, export, near, predict, train
 
 # %% ../nbs/73_cli.ipynb #060c39e8
@@ -63,7 +64,7 @@ def lab(
     ended = subprocess.run([*words, *(["--allow-root"] if root else []), "nbs/explore.ipynb"], cwd=workspace_root())
     return Result(status=int(ended.returncode != 0))
 
-# %% ../nbs/73_cli.ipynb #c4d87f99
+# %% ../nbs/73_cli.ipynb #09ca6005
 COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "demo": (demo, "scenes, trained, evaluated, exported and reported in a few minutes"),
     "doctor": (doctor, "what this machine has and lacks, each with its mend"),
@@ -74,6 +75,7 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "data fetch": (data_fetch, "download a data set, resuming, verified"),
     "train": (train, "train a detector, evaluate it, write a report"),
     "evaluate": (evaluate, "score a run, weights or an ONNX file on any data set"),
+    "mine": (mine, "confident false positives into a manifest that draws them more often"),
     "export": (export, "write an ONNX file, and prove that it finds what the model finds"),
     "benchmark": (benchmark, "latency and throughput; --against transformers: ratios on the same weights"),
     "errors": (errors, "what went wrong, in FiftyOne; --serve opens the App, --pull brings back your tags"),

@@ -202,7 +202,6 @@ def write_report(
     run = Path(run)
     known = read_record(run)
     metrics = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").exists() else {}
-    data = known.get("data", {})
     keys = '<span class="key" style="border-color:#00a000"></span>truth<span class="key" style="border-color:#e00000"></span>prediction'
     told = f"from a score of {number_text(metrics.get('threshold'))} on; click to enlarge {keys}"
     plots = [
@@ -216,10 +215,11 @@ def write_report(
         f'<div class="two">{curves}</div>' if curves else "",
         _section("Pictures", _pictures(run / "pictures"), told),
         _errors(run, metrics),
+        _mining(run, known, metrics),
         _section("Export", _export(run)),
         _section("Configuration", _pairs(known.get("config", {}), wide=True)),
         '<div class="two">',
-        _section("Data", _pairs(data)),
+        _section("Data", _pairs(known.get("data", {}))),
         _section("Machine and code", _pairs(_flat(known))),
         "</div>",
         _section("Versions", _pairs(known.get("versions", {}), wide=True)),

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..annotations import Annotations, join
 from ..core import InputError, atomic_write, settings
 
-# %% ../../nbs/data/14d_mined.ipynb #fcbf7ad8
+# %% ../../nbs/data/14d_mined.ipynb #bda6d7d7
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -46,7 +46,7 @@ class Background(_Strict):
     file: str  # From the setting `data`, or absolute
     size: tuple[int, int]  # (height, width)
 
-
+# %% ../../nbs/data/14d_mined.ipynb #30b64087
 class Mined(_Strict):
     "A round of mining, and those before it."
 
@@ -69,7 +69,11 @@ class Mined(_Strict):
             {"round": self.round, "run": self.run, "of": f"{self.of}/{self.split}"} | counts | {"before": self.before}
         )
 
-# %% ../../nbs/data/14d_mined.ipynb #d3b2e0e6
+    def rounds(self) -> list[dict[str, Any]]:
+        "All rounds so far, the first one first."
+        return [*self.earlier, self.line()]
+
+# %% ../../nbs/data/14d_mined.ipynb #60467e1e
 def write_mined(mined: Mined, path: str | Path) -> Path:
     "Write the JSON."
     content = mined.model_dump(mode="json")
@@ -97,7 +101,7 @@ def read_mined(path: str | Path) -> Mined:
             f"not a file of mining ({key + ': ' if key else ''}{first['msg']})", path, "mine again"
         ) from error
 
-# %% ../../nbs/data/14d_mined.ipynb #99160e7e
+# %% ../../nbs/data/14d_mined.ipynb #d682f783
 def background_table(
     files: Sequence[str | Path],  # Images without objects
     like: Annotations,  # The table they shall join: classes, kind of ids, root
