@@ -14,7 +14,7 @@ from typing import Literal
 from .core import pick, settings
 from .verbs import Result, near
 
-# %% ../nbs/72f_data_verbs.ipynb #f543ea8d
+# %% ../nbs/72f_data_verbs.ipynb #d7bfa145
 def data_list() -> Result:
     "Name the data sets, and whether they are here."
     from neo_nb.data.manifest import list_datasets, load_manifest

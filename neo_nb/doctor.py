@@ -136,7 +136,7 @@ def look_at_onnx() -> Finding:
     providers = ", ".join(p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers())
     return Finding("onnxruntime", "ok", f"{onnxruntime.__version__}: {providers}")
 
-# %% ../nbs/72c_doctor.ipynb #4ecda5a0
+# %% ../nbs/72c_doctor.ipynb #f8b96ca3
 def look_at_packages() -> Finding:
     "Every dependency, there and new enough."
     from packaging.requirements import Requirement

@@ -194,7 +194,49 @@ def _errors(run: Path, metrics: Mapping[str, Any]) -> str:
         body.append(_section(title, shown, f"{note}; all of them in <code>gallery/{folder}</code>"))
     return "".join(body)
 
-# %% ../nbs/72a_report.ipynb #cce53a63
+# %% ../nbs/72a_report.ipynb #59f0ce50
+def _rounds(known: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    "A row a round of mining: F1 before, and after it on the same golden set."
+    rounds = known.get("rounds", [])
+    if not rounds:
+        return ""
+    own = known.get("data", {}).get("fingerprint of val")
+    after = [row["before"] for row in rounds[1:]] + [{"F1": metrics.get("F1"), "fingerprint": own}]
+    lines = []
+    for row, later in zip(rounds, after):
+        first, second = row["before"].get("F1"), later.get("F1")
+        if first is None or second is None:
+            gain, mark = "-", ""
+        elif row["before"].get("fingerprint") != later.get("fingerprint"):
+            gain, mark = "another golden set", ""
+        else:
+            gain, mark = f"{second - first:+.3f}", "good" if second > first else "bad"
+        names = ("round", "of", "run", "hard images", "negatives", "near duplicates")
+        cells = [escape(str(row.get(name, ""))) for name in names] + [number_text(first), number_text(second)]
+        lines.append("".join(f"<td>{c}</td>" for c in cells) + f'<td class="{mark}">{gain}</td>')
+    head = (
+        "round",
+        "mined",
+        "errors of",
+        "hard images",
+        "errors",
+        "near duplicates",
+        "F1 before",
+        "F1 after",
+        "change",
+    )
+    rows = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><thead><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _mining(run: Path, known: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    "What was mined, and what each round was worth."
+    told = "F1 where it is best, on the golden set, which mining never touches"
+    body = _section("Rounds of mining", _rounds(known, metrics), told)
+    shown = _pictures(run / "gallery" / "mined", 4 * GALLERY)
+    return body + _section("Mined", shown, "kind, class said, score, image; all of them in <code>gallery/mined</code>")
+
+# %% ../nbs/72a_report.ipynb #7869a392
 def write_report(
     run: str | Path,  # The run's folder
 ) -> Path:  # report.html
@@ -239,7 +281,7 @@ def write_report(
         path.write_text(page, encoding="utf-8")
     return run / "report.html"
 
-# %% ../nbs/72a_report.ipynb #7e152867
+# %% ../nbs/72a_report.ipynb #979a0011
 def _told(metrics: Mapping[str, Any]) -> str:
     "What was evaluated."
     if "images" not in metrics:

@@ -57,7 +57,7 @@ def run_notebook(name: str, run: Path, parameters: Mapping[str, Any], new: bool 
     metrics = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").exists() else {}
     return Result(results_text(metrics), metrics, run)
 
-# %% ../nbs/72e_verbs.ipynb #1958c50b
+# %% ../nbs/72e_verbs.ipynb #780a914e
 def find_artifact(name: str) -> Path:
     "A file, or a run."
     from neo_nb.runs import open_run
@@ -106,7 +106,7 @@ def check_port(
             free = other.getsockname()[1]
             raise InputError(f"port {port} is in use ({error.strerror})", host, f"pass --port {free}") from error
 
-# %% ../nbs/72e_verbs.ipynb #0a4bac02
+# %% ../nbs/72e_verbs.ipynb #83b26f8d
 def train(args: Sequence[str]) -> Result:
     "Train a detector, evaluate it, write a report."
     from neo_nb.runs import new_run, open_run, read_record

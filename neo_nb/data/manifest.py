@@ -29,7 +29,7 @@ from .problems import Problem, faulty_boxes, note, place, read_text
 from .voc import read_voc
 from .yolo import read_yolo
 
-# %% ../../nbs/data/15_manifest.ipynb #992ff56a
+# %% ../../nbs/data/15_manifest.ipynb #b711047f
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -71,7 +71,7 @@ class Archive(_Strict):
 
 Format = Literal["coco", "yolo", "voc", "dice", "scenes", "logos"]
 
-# %% ../../nbs/data/15_manifest.ipynb #090e51d3
+# %% ../../nbs/data/15_manifest.ipynb #162ac705
 class Manifest(_Strict):
     "A data set: where it is and what it should hold."
 
@@ -128,7 +128,7 @@ def load_manifest(
             f"{key}: {first['msg']}{more}", path, "the fields are in nbs/data/15_manifest.ipynb"
         ) from error
 
-# %% ../../nbs/data/15_manifest.ipynb #3e53dc27
+# %% ../../nbs/data/15_manifest.ipynb #97c3f021
 def read_split(
     manifest: Manifest,
     split: str,  # "train", "val", …
@@ -171,7 +171,7 @@ _WHERE = _WHERE.rstrip(",")
 def _nothing(manifest: Manifest, name: str) -> Annotations:
     return Annotations([], [], np.zeros((0, 2)), [0], np.zeros((0, 4)), [], class_names=manifest.classes, name=name)
 
-# %% ../../nbs/data/15_manifest.ipynb #f7130eb5
+# %% ../../nbs/data/15_manifest.ipynb #c3c1d82e
 def _scenes(manifest: Manifest, entry: Split, name: str) -> Annotations:
     "Drawn scenes, from the disk when they are there."
     from neo_nb.data.scenes import make_scenes

@@ -8,7 +8,7 @@
 __all__ = ['RESNETS', 'BasicBlock', 'Bottleneck', 'make_shortcut', 'ResNetVd', 'TimmBackbone', 'freeze', 'freeze_norms',
            'make_backbone', 'hold']
 
-# %% ../../nbs/models/31_backbones.ipynb #d2ef54da
+# %% ../../nbs/models/31_backbones.ipynb #ccf2bec4
 from collections.abc import Callable, Sequence
 
 import torch

@@ -104,7 +104,7 @@ def load_model(
     model.size = tuple(record["size"]) if record["size"] else None
     return model.to(device).eval(), record
 
-# %% ../../nbs/models/38_weights.ipynb #d15d530c
+# %% ../../nbs/models/38_weights.ipynb #d3b26b5b
 def _config(record: dict) -> RTDETRConfig:
     "The configuration in a record; JSON knows no tuples."
     values = record["config"] | {"pretrained": False}
@@ -191,7 +191,7 @@ class WeightsReport:
 
 CLASS_HEADS = ("decoder.enc_score.", "decoder.score.", "decoder.denoising_class.")
 
-# %% ../../nbs/models/38_weights.ipynb #d7f1bb6e
+# %% ../../nbs/models/38_weights.ipynb #9cfaa5bd
 @torch.no_grad()
 def load_weights(
     model: RTDETR,  # Changed in place

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..core import InputError, nearest, pick
 
-# %% ../../nbs/train/50_config.ipynb #f7134b90
+# %% ../../nbs/train/50_config.ipynb #25719a1c
 class ModelSettings(BaseModel):
     "What is trained, and on which pictures."
 

@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['NonFiniteLoss', 'Loop', 'make_accelerator', 'build_model', 'update', 'epoch', 'chunks', 'train_values']
 
-# %% ../../nbs/train/54_loop.ipynb #cb16022b
+# %% ../../nbs/train/54_loop.ipynb #270b7edd
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -37,7 +37,7 @@ from .interrupt import Interrupt, is_out_of_memory
 from .optim import Ema, lr_factor, make_optimizer, set_lr
 from .tracking import Tracker
 
-# %% ../../nbs/train/54_loop.ipynb #3e0812a1
+# %% ../../nbs/train/54_loop.ipynb #e01a45f5
 class NonFiniteLoss(FloatingPointError):
     "The loss is NaN or infinite; the message names step, images and the saved state."
 
@@ -244,7 +244,7 @@ def _hold_backbone(self: Loop) -> None:
 
 Loop._hold_backbone = _hold_backbone
 
-# %% ../../nbs/train/54_loop.ipynb #eb77a744
+# %% ../../nbs/train/54_loop.ipynb #165cbf51
 def epoch(
     self: Loop,
     bar: tqdm,  # Counts updates

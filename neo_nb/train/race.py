@@ -79,7 +79,7 @@ def _checked(entry: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"a competitor needs a name, found {dict(entry)}")
     return dict(entry)
 
-# %% ../../nbs/train/56_race.ipynb #6f0e1cbd
+# %% ../../nbs/train/56_race.ipynb #577548a1
 FIRST, KNOWN = 3, 13  # Updates that do not count for the pace, and from which on it is known
 
 
