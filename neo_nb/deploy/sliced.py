@@ -55,7 +55,7 @@ class SlicedArtifact(Artifact):
     def run(self, batch):
         raise InputError("a sliced artifact takes pictures, not batches", remedy="call it, or use predict")
 
-# %% ../../nbs/deploy/65_sliced.ipynb #8a93a1b6
+# %% ../../nbs/deploy/65_sliced.ipynb #f1611be6
 def _detect(
     self: SlicedArtifact, read: Callable[[np.ndarray], np.ndarray], size: tuple[int, int], batch_size: int | None
 ) -> Detections:
@@ -77,7 +77,7 @@ def _placed(one: Detections, row: int, images: int) -> Detections:
     index = np.full(len(one), row)
     return Detections(index, one.boxes_xyxy, one.scores, one.labels, images, one.class_names)
 
-
+# %% ../../nbs/deploy/65_sliced.ipynb #d7580117
 def call(
     self: SlicedArtifact,
     images: Sequence[np.ndarray],  # RGB uint8, height x width x 3, of any sizes
