@@ -740,6 +740,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'neo_nb.logo_verbs.Recipe.tile_size': ('logo.html#recipe.tile_size', 'neo_nb/logo_verbs.py'),
                                    'neo_nb.logo_verbs.Step': ('logo.html#step', 'neo_nb/logo_verbs.py'),
                                    'neo_nb.logo_verbs._found': ('logo.html#_found', 'neo_nb/logo_verbs.py'),
+                                   'neo_nb.logo_verbs._judge': ('logo.html#_judge', 'neo_nb/logo_verbs.py'),
                                    'neo_nb.logo_verbs._tables': ('logo.html#_tables', 'neo_nb/logo_verbs.py'),
                                    'neo_nb.logo_verbs.choose_steps': ('logo.html#choose_steps', 'neo_nb/logo_verbs.py'),
                                    'neo_nb.logo_verbs.detector_of': ('logo.html#detector_of', 'neo_nb/logo_verbs.py'),

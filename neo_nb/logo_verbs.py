@@ -44,7 +44,9 @@ _ROWS = (
     Step("larger", "an input of twice the size", "baseline", "longer", zoom=2.0),
     Step("tiles", "tiles at full resolution", "baseline", "longer", tiled=True),
     Step("tiles_longer", "tiles for as long again", "tiles", "tiles", tiled=True),
-    Step("mining", "tiles, with its confident errors drawn more often", "tiles", "tiles_longer", tiled=True, mined=True),
+    Step(
+        "mining", "tiles, with its confident errors drawn more often", "tiles", "tiles_longer", tiled=True, mined=True
+    ),
 )
 STEPS: dict[str, Step] = {step.name: step for step in _ROWS}
 
@@ -67,7 +69,9 @@ class Recipe:
     data: str  # A data set with the splits train, val and the golden one
     size: tuple[int, int]  # (height, width) of the baseline's input
     minutes: float = 3.0  # Of each training: of the CPU's time on a CPU, of the clock on a GPU
-    tile: tuple[int, int] | None = None  # (height, width) of tiles in pixels of the pictures; None: the baseline's size
+    tile: tuple[int, int] | None = (
+        None  # (height, width) of tiles in pixels of the pictures; None: the baseline's size
+    )
     golden: str = "golden"  # The split that counts; nothing is chosen on it, and it is never mined
     settings: Mapping[str, Any] = field(default_factory=dict)  # Of `TrainConfig`, by name: model, device, …
 
@@ -179,7 +183,7 @@ def measure(
     names = ("F1", "precision", "recall", "AP", "AP50")
     return {name: row[name] for name in names} | sizes | {"FP": row["FP"], "FP look-alikes": alike}
 
-# %% ../nbs/72i_logo.ipynb #4c812f98
+# %% ../nbs/72i_logo.ipynb #cf3baf2c
 def run_step(
     recipe: Recipe,
     step: Step,
@@ -187,9 +191,6 @@ def run_step(
     folder: str | Path,  # Of all steps
 ) -> dict[str, Any]:  # step, seed, the numbers of `measure`, threshold, epochs, repeat, minutes
     "Train a step and measure it on the golden set; one that is done is read."
-    from neo_nb.data.manifest import load_dataset
-    from neo_nb.detections import save_detections
-    from neo_nb.evaluate.operating_point import evaluate
     from neo_nb.train.trainer import train
 
     folder = Path(folder).absolute()
@@ -200,23 +201,33 @@ def run_step(
         if known["asked"] != asked:
             raise InputError("made by another recipe", own, "choose another run")
         return known["row"]
-    config, more = recipe.config(step, seed, folder), {}
-    table, val = _tables(recipe, step, seed, folder, more)
+    config, found = recipe.config(step, seed, folder), {}
+    table, val = _tables(recipe, step, seed, folder, found)
     length = plan(config, table, recipe.minutes)
     trained = train(config.model_copy(update=length), own, table, val)
     if trained["interrupted"]:
         raise SystemExit("stopped; the steps that are done are kept")
-    detector, val, golden = detector_of(recipe, step, own), *(load_dataset(recipe.data, s) for s in ("val", recipe.golden))
-    at = max(evaluate(detector.predict(val, progress=False), val)["threshold"], 0.01)
-    detections = detector.predict(golden, progress=False)
-    save_detections(detections, own / "golden.npz")
-    row = {"step": step.name, "seed": seed} | measure(detections, golden, at) | {"threshold": at} | length
+    row = {"step": step.name, "seed": seed} | _judge(recipe, step, own) | length
     row |= {"minutes": trained["minutes"], "pictures": len(table)}
     with atomic_write(own / "step.json") as path:
-        path.write_text(json.dumps({"asked": asked, "row": row, "mined": more}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({"asked": asked, "row": row, "mined": found}, indent=1) + "\n", encoding="utf-8")
     return row
 
 
+def _judge(recipe: Recipe, step: Step, own: Path) -> dict[str, Any]:
+    "The numbers on the golden set, with the threshold that is best on val."
+    from neo_nb.data.manifest import load_dataset
+    from neo_nb.detections import save_detections
+    from neo_nb.evaluate.operating_point import evaluate
+
+    detector = detector_of(recipe, step, own)
+    val, golden = (load_dataset(recipe.data, split) for split in ("val", recipe.golden))
+    threshold = max(evaluate(detector.predict(val, progress=False), val)["threshold"], 0.01)
+    detections = detector.predict(golden, progress=False)
+    save_detections(detections, own / "golden.npz")
+    return measure(detections, golden, threshold) | {"threshold": threshold}
+
+# %% ../nbs/72i_logo.ipynb #c385072f
 def _tables(recipe: Recipe, step: Step, seed: int, folder: Path, counts: dict) -> tuple[Any, Any]:
     "What a step trains on, and what its best epoch is chosen on."
     from neo_nb.data.manifest import load_dataset
@@ -357,7 +368,8 @@ def logo(
     seeds: tuple[int, ...] = (0, 1, 2),  # Every step is trained with each of them
     steps: tuple[str, ...] = (),  # Names of steps; all of them when not given
     size: tuple[int, int] | None = None,  # (height, width) of the baseline's input; the target's when not given
-    tile: tuple[int, int] | None = None,  # (height, width) of tiles in the pictures; the baseline's size when not given
+    tile: tuple[int, int]
+    | None = None,  # (height, width) of tiles in the pictures; the baseline's size when not given
     model: str = "rtdetr_nano",  # A name from list_models()
     target: str | None = None,  # The machine; that of settings.ini when not given
     golden: str = "golden",  # The split that counts
