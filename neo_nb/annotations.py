@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from .boxes import box_area
 from .core import InputError, atomic_write
 
-# %% ../nbs/02_annotations.ipynb #d87d2360
+# %% ../nbs/02_annotations.ipynb #be7ec7b8
 @dataclass(frozen=True, eq=False)
 class Annotations:
     "A split of a data set as columns, numpy arrays whatever was given; the table above has their shapes and units."
@@ -44,10 +44,10 @@ class Annotations:
     box_ids: ArrayLike | None = None
     lines: ArrayLike | None = None
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    weights: ArrayLike | None = None
 
     def __post_init__(self):
-        n, m = len(self.image_ids), len(self.boxes_xyxy)
-        ids = np.asarray(self.image_ids)
+        n, m, ids = len(self.image_ids), len(self.boxes_xyxy), np.asarray(self.image_ids)
         given = {
             "image_ids": ids if ids.dtype.kind == "U" else _typed(ids, np.int64),
             "file_names": np.asarray(self.file_names, dtype=str),
@@ -56,16 +56,16 @@ class Annotations:
             "boxes_xyxy": _typed(self.boxes_xyxy, np.float32).reshape(m, 4),
             "labels": _typed(self.labels, np.int32),
             "tags": np.zeros(n, "U1") if self.tags is None else np.asarray(self.tags, dtype=str),
+            "weights": np.ones(n, np.float32) if self.weights is None else _typed(self.weights, np.float32),
             "iscrowd": np.zeros(m, bool) if self.iscrowd is None else _typed(self.iscrowd, bool),
             "box_ids": np.arange(1, m + 1) if self.box_ids is None else _typed(self.box_ids, np.int64),
             "lines": np.zeros(m, np.int32) if self.lines is None else _typed(self.lines, np.int32),
             "class_names": tuple(self.class_names),
             "category_ids": tuple(map(int, self.category_ids)) or tuple(range(1, len(self.class_names) + 1)),
-            "root": Path(self.root),
-            "extras": dict(self.extras),
         }
-        areas = box_area(given["boxes_xyxy"]) if self.areas is None else self.areas
-        for key, value in (given | {"areas": _typed(areas, np.float32)}).items():
+        given |= {"root": Path(self.root), "extras": dict(self.extras)}
+        given["areas"] = _typed(box_area(given["boxes_xyxy"]) if self.areas is None else self.areas, np.float32)
+        for key, value in given.items():
             object.__setattr__(self, key, value)
         self._validate(n, m)
 
@@ -74,7 +74,7 @@ def _typed(values: Any, dtype) -> np.ndarray:
     "An array of that type, without a copy where it is one already (a memory map stays a memory map)."
     return values if isinstance(values, np.ndarray) and values.dtype == dtype else np.asarray(values, dtype=dtype)
 
-# %% ../nbs/02_annotations.ipynb #87c531ff
+# %% ../nbs/02_annotations.ipynb #72a11212
 def _expect(truth: bool, message: str, table: Annotations) -> None:
     if not truth:
         raise InputError(message, table.source or table.name or None)
@@ -82,7 +82,7 @@ def _expect(truth: bool, message: str, table: Annotations) -> None:
 
 def _validate(self: Annotations, n: int, m: int) -> None:
     "The columns must fit each other; that the *values* make sense is for `data.checks` to say."
-    for key in ("file_names", "tags"):
+    for key in ("file_names", "tags", "weights"):
         _expect(len(getattr(self, key)) == n, f"{key} has {len(getattr(self, key))} rows for {n} images", self)
     for key in ("labels", "iscrowd", "areas", "box_ids", "lines"):
         _expect(len(getattr(self, key)) == m, f"{key} has {len(getattr(self, key))} rows for {m} boxes", self)
@@ -91,6 +91,8 @@ def _validate(self: Annotations, n: int, m: int) -> None:
     whole = len(self.offsets) == n + 1 and self.offsets[0] == 0 and self.offsets[-1] == m
     _expect(whole and bool((np.diff(self.offsets) >= 0).all()), f"offsets do not divide {m} boxes by {n} images", self)
     _expect(len(self.category_ids) == len(self.class_names), "class_names and category_ids differ in length", self)
+    sound = bool((np.isfinite(self.weights) & (self.weights >= 0)).all())
+    _expect(sound, "the weight of an image is a number, 0 or more", self)
     bad = (self.labels < 0) | (self.labels >= len(self.class_names))
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
@@ -100,7 +102,7 @@ def _validate(self: Annotations, n: int, m: int) -> None:
             self.source or self.name or None,
         )
 
-# %% ../nbs/02_annotations.ipynb #9e1e3ec1
+# %% ../nbs/02_annotations.ipynb #7f08593d
 def image_index(self: Annotations) -> np.ndarray:  # m, int64
     "For each box, the row of its image."
     return np.repeat(np.arange(len(self)), np.diff(self.offsets))
@@ -119,8 +121,8 @@ def _repr(self: Annotations) -> str:
 Annotations._validate, Annotations.image_index = _validate, property(image_index)
 Annotations.__len__, Annotations.__repr__ = _length, _repr
 
-# %% ../nbs/02_annotations.ipynb #04c57730
-PER_IMAGE = ("image_ids", "file_names", "sizes", "tags")
+# %% ../nbs/02_annotations.ipynb #8c735786
+PER_IMAGE = ("image_ids", "file_names", "sizes", "tags", "weights")
 PER_BOX = ("boxes_xyxy", "labels", "iscrowd", "areas", "box_ids", "lines")
 
 
@@ -238,7 +240,7 @@ def open_table(
         extras[key][:] = values
     return Annotations(**record, **columns, extras=extras)
 
-# %% ../nbs/02_annotations.ipynb #f366d61a
+# %% ../nbs/02_annotations.ipynb #f9906721
 def fingerprint(
     table: Annotations,
 ) -> str:  # 16 hexadecimal digits
@@ -246,6 +248,7 @@ def fingerprint(
     digest = hashlib.sha256(json.dumps([table.class_names]).encode())
     for key in ("image_ids", "file_names"):
         digest.update("\n".join(map(str, getattr(table, key).tolist())).encode())
-    for key in ("sizes", "offsets", "boxes_xyxy", "labels", "iscrowd"):
+    weighted = ("weights",) if (table.weights != 1).any() else ()
+    for key in ("sizes", "offsets", "boxes_xyxy", "labels", "iscrowd", *weighted):
         digest.update(np.ascontiguousarray(getattr(table, key)).tobytes())
     return digest.hexdigest()[:16]

@@ -18,6 +18,7 @@ from .browse_verbs import compare, errors
 from .core import InputError, pick, raise_for_disk, settings
 from .data_verbs import data_check, data_fetch, data_import, data_list, data_show, data_tile
 from .flags import parse, placed
+from .mine_verbs import mine
 from .verbs import Result, benchmark, check_port, demo, doctor, evaluate, export, near, predict, train
 
 # %% ../nbs/73_cli.ipynb #060c39e8
@@ -75,6 +76,7 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "data fetch": (data_fetch, "download a data set, resuming, verified"),
     "train": (train, "train a detector, evaluate it, write a report"),
     "evaluate": (evaluate, "score a run, weights or an ONNX file on any data set"),
+    "mine": (mine, "confident false positives into a manifest that draws them more often"),
     "export": (export, "write an ONNX file, and prove that it finds what the model finds"),
     "benchmark": (benchmark, "latency and throughput; --against transformers: ratios on the same weights"),
     "errors": (errors, "what went wrong, in FiftyOne; --serve opens the App, --pull brings back your tags"),

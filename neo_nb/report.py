@@ -194,7 +194,49 @@ def _errors(run: Path, metrics: Mapping[str, Any]) -> str:
         body.append(_section(title, shown, f"{note}; all of them in <code>gallery/{folder}</code>"))
     return "".join(body)
 
-# %% ../nbs/72a_report.ipynb #d5464883
+# %% ../nbs/72a_report.ipynb #59f0ce50
+def _rounds(known: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    "A row a round of mining: F1 before, and after it on the same golden set."
+    rounds = known.get("rounds", [])
+    if not rounds:
+        return ""
+    own = known.get("data", {}).get("fingerprint of val")
+    after = [row["before"] for row in rounds[1:]] + [{"F1": metrics.get("F1"), "fingerprint": own}]
+    lines = []
+    for row, later in zip(rounds, after):
+        first, second = row["before"].get("F1"), later.get("F1")
+        if first is None or second is None:
+            gain, mark = "-", ""
+        elif row["before"].get("fingerprint") != later.get("fingerprint"):
+            gain, mark = "another golden set", ""
+        else:
+            gain, mark = f"{second - first:+.3f}", "good" if second > first else "bad"
+        names = ("round", "of", "run", "hard images", "negatives", "near duplicates")
+        cells = [escape(str(row.get(name, ""))) for name in names] + [number_text(first), number_text(second)]
+        lines.append("".join(f"<td>{c}</td>" for c in cells) + f'<td class="{mark}">{gain}</td>')
+    head = (
+        "round",
+        "mined",
+        "errors of",
+        "hard images",
+        "errors",
+        "near duplicates",
+        "F1 before",
+        "F1 after",
+        "change",
+    )
+    rows = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><thead><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _mining(run: Path, known: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    "What was mined, and what each round was worth."
+    told = "F1 where it is best, on the golden set, which mining never touches"
+    body = _section("Rounds of mining", _rounds(known, metrics), told)
+    shown = _pictures(run / "gallery" / "mined", 4 * GALLERY)
+    return body + _section("Mined", shown, "kind, class said, score, image; all of them in <code>gallery/mined</code>")
+
+# %% ../nbs/72a_report.ipynb #7869a392
 def write_report(
     run: str | Path,  # The run's folder
 ) -> Path:  # report.html
@@ -202,7 +244,6 @@ def write_report(
     run = Path(run)
     known = read_record(run)
     metrics = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").exists() else {}
-    data = known.get("data", {})
     keys = '<span class="key" style="border-color:#00a000"></span>truth<span class="key" style="border-color:#e00000"></span>prediction'
     told = f"from a score of {number_text(metrics.get('threshold'))} on; click to enlarge {keys}"
     plots = [
@@ -216,10 +257,11 @@ def write_report(
         f'<div class="two">{curves}</div>' if curves else "",
         _section("Pictures", _pictures(run / "pictures"), told),
         _errors(run, metrics),
+        _mining(run, known, metrics),
         _section("Export", _export(run)),
         _section("Configuration", _pairs(known.get("config", {}), wide=True)),
         '<div class="two">',
-        _section("Data", _pairs(data)),
+        _section("Data", _pairs(known.get("data", {}))),
         _section("Machine and code", _pairs(_flat(known))),
         "</div>",
         _section("Versions", _pairs(known.get("versions", {}), wide=True)),

@@ -8,7 +8,7 @@
 __all__ = ['Format', 'log', 'Print', 'Split', 'Archive', 'Manifest', 'list_datasets', 'load_manifest', 'read_split', 'take_print',
            'differences', 'load_dataset', 'changes_of', 'faults_line', 'write_manifest']
 
-# %% ../../nbs/data/15_manifest.ipynb #28cf6fb1
+# %% ../../nbs/data/15_manifest.ipynb #2dd80c4f
 import hashlib
 import logging
 import os
@@ -24,11 +24,12 @@ from ..annotations import Annotations, fingerprint, open_table, save_table
 from ..core import InputError, atomic_write, pick, settings, workspace_root
 from .coco import read_coco
 from .dice import read_dice
+from .mined import apply_mined, read_mined
 from .problems import Problem, faulty_boxes, note, place, read_text
 from .voc import read_voc
 from .yolo import read_yolo
 
-# %% ../../nbs/data/15_manifest.ipynb #b711047f
+# %% ../../nbs/data/15_manifest.ipynb #6c8d7951
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -43,6 +44,7 @@ class Print(_Strict):
     sizes: str = ""  # Hash of the images' sizes
     geometry: str = ""  # Hash of the boxes' corners
     labels: str = ""  # Hash of labels and ignore flags
+    weights: str = ""  # Hash of the images' weights; empty when all are 1
     whole: str = ""  # `annotations.fingerprint`
 
 
@@ -70,7 +72,7 @@ class Archive(_Strict):
 
 Format = Literal["coco", "yolo", "voc", "dice", "scenes"]
 
-# %% ../../nbs/data/15_manifest.ipynb #8d684a5d
+# %% ../../nbs/data/15_manifest.ipynb #162ac705
 class Manifest(_Strict):
     "A data set: where it is and what it should hold."
 
@@ -84,13 +86,14 @@ class Manifest(_Strict):
     splits: dict[str, Split]
     size: tuple[int, int] | None = None  # Scenes: (height, width)
     archives: list[Archive] = Field(default_factory=list)
+    mined: str | None = None  # JSON of mined weights and images, from the manifest's own folder
 
     @property
     def folder(self) -> Path:
         "The root as an absolute path."
         return Path(settings()["data"], Path(self.root).expanduser())
 
-# %% ../../nbs/data/15_manifest.ipynb #683592af
+# %% ../../nbs/data/15_manifest.ipynb #5b1efc0b
 def list_datasets() -> list[str]:
     "The names that `load_dataset` knows."
     return sorted(path.stem for path in (workspace_root() / "data_manifests").glob("*.yaml"))
@@ -105,7 +108,10 @@ def load_manifest(
         path = workspace_root() / "data_manifests" / f"{pick(str(name), list_datasets(), 'dataset')}.yaml"
     try:
         content = yaml.safe_load(read_text(path) or "")
-        return Manifest.model_validate((content if isinstance(content, dict) else {}) | {"name": path.stem})
+        manifest = Manifest.model_validate((content if isinstance(content, dict) else {}) | {"name": path.stem})
+        return manifest.model_copy(
+            update={"mined": str(path.absolute().parent / manifest.mined)} if manifest.mined else {}
+        )
     except yaml.YAMLError as error:
         raise InputError(f"not YAML ({getattr(error, 'problem', error)})", path) from error
     except ValidationError as error:
@@ -116,18 +122,23 @@ def load_manifest(
             f"{key}: {first['msg']}{more}", path, "the fields are in nbs/data/15_manifest.ipynb"
         ) from error
 
-# %% ../../nbs/data/15_manifest.ipynb #5d896948
+# %% ../../nbs/data/15_manifest.ipynb #97c3f021
 def read_split(
     manifest: Manifest,
     split: str,  # "train", "val", …
     problems: list[Problem] | None = None,  # Where faults are collected; None raises the first
     extras: bool = False,  # Keep masks and keypoints too
 ) -> Annotations:
-    "A split as its files say, unjudged."
-    entry, name = (
-        manifest.splits[pick(split, manifest.splits, f"split of {manifest.name}")],
-        f"{manifest.name}/{split}",
-    )
+    "A split as its files say, unjudged; with what was mined for it."
+    pick(split, manifest.splits, f"split of {manifest.name}")
+    table = _as_stored(manifest, split, problems, extras)
+    mined = read_mined(manifest.mined) if manifest.mined and len(table) else None
+    return apply_mined(table, mined) if mined is not None and mined.split == split else table
+
+
+def _as_stored(manifest: Manifest, split: str, problems: list[Problem] | None, extras: bool) -> Annotations:
+    "A split as its files say."
+    entry, name = manifest.splits[split], f"{manifest.name}/{split}"
     if manifest.format == "scenes":
         return _scenes(manifest, entry, name)
     root = manifest.folder
@@ -166,7 +177,7 @@ def _scenes(manifest: Manifest, entry: Split, name: str) -> Annotations:
         save_table(replace(table, file_names=files, root=folder), folder / "table")
     return replace(open_table(folder / "table"), root=folder, name=name)
 
-# %% ../../nbs/data/15_manifest.ipynb #92ce65e3
+# %% ../../nbs/data/15_manifest.ipynb #fcc5a73f
 def take_print(
     table: Annotations,
 ) -> Print:  # What `differences` compares
@@ -180,6 +191,7 @@ def take_print(
         sizes=_hash(table.sizes),
         geometry=_hash(table.offsets, table.boxes_xyxy),
         labels=_hash(table.labels, table.iscrowd),
+        weights=_hash(table.weights) if (table.weights != 1).any() else "",
         whole=fingerprint(table),
     )
 
@@ -191,7 +203,7 @@ def _hash(*columns: np.ndarray) -> str:
         digest.update("\n".join(column.tolist()).encode() if text else np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()[:12]
 
-# %% ../../nbs/data/15_manifest.ipynb #1647ca5c
+# %% ../../nbs/data/15_manifest.ipynb #8dc55cea
 def differences(
     old: Print,  # What the manifest says
     new: Print,  # What the data say
@@ -215,6 +227,8 @@ def differences(
         "geometry": "boxes have moved",
         "labels": "labels or ignore flags differ",
     }
+    if old.whole and old.weights != new.weights:
+        said.append("weights of images differ")
     if old.images == new.images:
         keys = ("names", "sizes") + (("geometry", "labels") if old.boxes == new.boxes else ())
         said += [words[key] for key in keys if getattr(old, key) and getattr(old, key) != getattr(new, key)]
