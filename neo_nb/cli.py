@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'dashboard', 'lab', 'overview', 'main']
 
-# %% ../nbs/73_cli.ipynb #d53caf9b
+# %% ../nbs/73_cli.ipynb #6fad27a8
 import json
 import os
 import sys
@@ -65,7 +65,7 @@ def lab(
     ended = subprocess.run([*words, *(["--allow-root"] if root else []), "nbs/explore.ipynb"], cwd=workspace_root())
     return Result(status=int(ended.returncode != 0))
 
-# %% ../nbs/73_cli.ipynb #09ca6005
+# %% ../nbs/73_cli.ipynb #d4cd8e9e
 COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "demo": (demo, "scenes, trained, evaluated, exported and reported in a few minutes"),
     "doctor": (doctor, "what this machine has and lacks, each with its mend"),

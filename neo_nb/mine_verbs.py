@@ -31,7 +31,7 @@ class Ground:
     always: np.ndarray  # n, bool: tagged hard_negative
     counts: dict[str, int]
 
-# %% ../nbs/72h_mine.ipynb #86f81cf4
+# %% ../nbs/72h_mine.ipynb #97af81e8
 def gather(
     data: str | Path,  # A data set, or a path to a manifest
     split: str = "train",  # Split of it
@@ -64,7 +64,7 @@ def gather(
         row = int(np.flatnonzero(copied)[0])
         print(f"{copied.sum()} images are files of the golden set, the first is {table.of(row).path} = {copies[row]}")
     refused = {"golden": marks["golden"], "a golden file": copied, "label error": marks["label_error"]}
-    counts |= {f"refused: {reason}": int(mask.sum()) for reason, mask in refused.items()}
+    counts |= {f"images refused: {reason}": int(mask.sum()) for reason, mask in refused.items()}
     always = marks["hard_negative"] & ~np.logical_or.reduce(list(refused.values()))
     return Ground(table, own, refused, always, counts)
 
@@ -236,7 +236,7 @@ def score_before(
         found = evaluate(detector.predict(golden).to_classes(golden.class_names), golden)
     return about | {key: round(float(found[key]), 5) for key in ("F1", "AP", "threshold")}
 
-# %% ../nbs/72h_mine.ipynb #d1a34fd4
+# %% ../nbs/72h_mine.ipynb #3b0fb68d
 def mine(
     run: str,  # The run (or .safetensors) whose errors are mined
     split: str = "train",  # Split that is looked through; never one that is measured on
@@ -265,6 +265,6 @@ def mine(
     given |= {"threshold": threshold, "similarity": similarity, "most": most, "limit": limit, "name": name}
     run_notebook("mine", new, given | {"tags": tags and Path(tags).absolute(), "batch_size": batch_size})
     found = json.loads((new / "mine.json").read_text())
-    lines = [f"{count:7,}  {what}" for what, count in found["counts"].items()]
+    lines = [f"{count:7,}  {what}" for what, count in found["counts"].items() if count]
     after = f"{found['name']}; go on with: neo train --data {found['name']} --weights {near(path)}"
     return Result("\n".join([*lines, "", after]), found, new)

@@ -29,7 +29,7 @@ from .problems import Problem, faulty_boxes, note, place, read_text
 from .voc import read_voc
 from .yolo import read_yolo
 
-# %% ../../nbs/data/15_manifest.ipynb #b711047f
+# %% ../../nbs/data/15_manifest.ipynb #6c8d7951
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -44,6 +44,7 @@ class Print(_Strict):
     sizes: str = ""  # Hash of the images' sizes
     geometry: str = ""  # Hash of the boxes' corners
     labels: str = ""  # Hash of labels and ignore flags
+    weights: str = ""  # Hash of the images' weights; empty when all are 1
     whole: str = ""  # `annotations.fingerprint`
 
 
@@ -195,7 +196,7 @@ def _logos(manifest: Manifest, entry: Split, name: str) -> Annotations:
     folder = manifest.folder.with_name(f"{manifest.folder.name}-{key}")
     return make_logos(entry.num_images or 100, sizes, entry.seed, folder, name, heights)
 
-# %% ../../nbs/data/15_manifest.ipynb #92ce65e3
+# %% ../../nbs/data/15_manifest.ipynb #fcc5a73f
 def take_print(
     table: Annotations,
 ) -> Print:  # What `differences` compares
@@ -209,6 +210,7 @@ def take_print(
         sizes=_hash(table.sizes),
         geometry=_hash(table.offsets, table.boxes_xyxy),
         labels=_hash(table.labels, table.iscrowd),
+        weights=_hash(table.weights) if (table.weights != 1).any() else "",
         whole=fingerprint(table),
     )
 
@@ -220,7 +222,7 @@ def _hash(*columns: np.ndarray) -> str:
         digest.update("\n".join(column.tolist()).encode() if text else np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()[:12]
 
-# %% ../../nbs/data/15_manifest.ipynb #1647ca5c
+# %% ../../nbs/data/15_manifest.ipynb #8dc55cea
 def differences(
     old: Print,  # What the manifest says
     new: Print,  # What the data say
@@ -244,6 +246,8 @@ def differences(
         "geometry": "boxes have moved",
         "labels": "labels or ignore flags differ",
     }
+    if old.whole and old.weights != new.weights:
+        said.append("weights of images differ")
     if old.images == new.images:
         keys = ("names", "sizes") + (("geometry", "labels") if old.boxes == new.boxes else ())
         said += [words[key] for key in keys if getattr(old, key) and getattr(old, key) != getattr(new, key)]

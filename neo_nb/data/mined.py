@@ -73,14 +73,13 @@ class Mined(_Strict):
         "All rounds so far, the first one first."
         return [*self.earlier, self.line()]
 
-# %% ../../nbs/data/14d_mined.ipynb #60467e1e
+# %% ../../nbs/data/14d_mined.ipynb #4af559b7
 def write_mined(mined: Mined, path: str | Path) -> Path:
     "Write the JSON."
     content = mined.model_dump(mode="json")
     lists = {key: content.pop(key) for key in ("weights", "images", "negatives", "earlier")}
-    rows = [
-        json.dumps(key) + ": [\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" for key, value in lists.items()
-    ]
+    joined = {key: "\n  " + ",\n  ".join(map(json.dumps, value)) + "\n " for key, value in lists.items() if value}
+    rows = [f"{json.dumps(key)}: [{joined.get(key, '')}]" for key in lists]
     text = json.dumps(content, indent=1, ensure_ascii=False)[:-2] + ",\n " + ",\n ".join(rows) + "\n}\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ from ..core import InputError, pick
 from ..detections import Detections
 from .errors import BACKGROUND, CLASSIFICATION, KINDS, find_errors
 
-# %% ../../nbs/evaluate/48_mining.ipynb #199c6ed6
+# %% ../../nbs/evaluate/48_mining.ipynb #6b79ca93
 MINED = (KINDS[BACKGROUND], KINDS[CLASSIFICATION])  # What is a hard negative
 
 
@@ -40,7 +40,7 @@ def find_candidates(
     counts = {"confident errors": len(rows)}
     for reason, images in (refused or {}).items():
         bad = images[detections.image_index[rows]]
-        counts[f"images refused: {reason}"] = len(np.unique(detections.image_index[rows[bad]]))
+        counts[f"errors refused: {reason}"] = int(bad.sum())
         rows = rows[~bad]
     rows = rows[np.argsort(-detections.scores[rows], kind="stable")]
     counts |= {KINDS[n]: int((errors.kind[rows] == n).sum()) for n in numbers}
