@@ -160,7 +160,8 @@ def _table(
     extras = {"whole_xyxy": annotations.boxes_xyxy[parent]}
     table = replace(
         annotations, image_ids=np.array(ids), file_names=annotations.file_names[picture[rows]], sizes=sizes,
-        tags=annotations.tags[picture[rows]], offsets=offsets, boxes_xyxy=boxes, iscrowd=ignore,
+        tags=annotations.tags[picture[rows]], weights=annotations.weights[picture[rows]],
+        offsets=offsets, boxes_xyxy=boxes, iscrowd=ignore,
         areas=annotations.areas[parent] * share, extras=extras, name=annotations.name,
         **(per_box | {"box_ids": np.arange(1, len(parent) + 1)}),
     )  # fmt: skip
