@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..annotations import Annotations, fingerprint, open_table, save_table
+from ..annotations import Annotations, fingerprint
 from ..core import InputError, atomic_write, pick, settings, workspace_root
 from .coco import read_coco
 from .dice import read_dice
@@ -29,7 +29,7 @@ from .problems import Problem, faulty_boxes, note, place, read_text
 from .voc import read_voc
 from .yolo import read_yolo
 
-# %% ../../nbs/data/15_manifest.ipynb #6c8d7951
+# %% ../../nbs/data/15_manifest.ipynb #f936d557
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -72,7 +72,7 @@ class Archive(_Strict):
 
 Format = Literal["coco", "yolo", "voc", "dice", "scenes", "logos"]
 
-# %% ../../nbs/data/15_manifest.ipynb #162ac705
+# %% ../../nbs/data/15_manifest.ipynb #91ddbd60
 class Manifest(_Strict):
     "A data set: where it is and what it should hold."
 
@@ -100,7 +100,7 @@ class Manifest(_Strict):
         "The root as an absolute path."
         return Path(settings()["data"], Path(self.root).expanduser())
 
-# %% ../../nbs/data/15_manifest.ipynb #5b1efc0b
+# %% ../../nbs/data/15_manifest.ipynb #dbafc9da
 def list_datasets() -> list[str]:
     "The names that `load_dataset` knows."
     return sorted(path.stem for path in (workspace_root() / "data_manifests").glob("*.yaml"))
@@ -129,7 +129,7 @@ def load_manifest(
             f"{key}: {first['msg']}{more}", path, "the fields are in nbs/data/15_manifest.ipynb"
         ) from error
 
-# %% ../../nbs/data/15_manifest.ipynb #97c3f021
+# %% ../../nbs/data/15_manifest.ipynb #a1e31f3c
 def read_split(
     manifest: Manifest,
     split: str,  # "train", "val", …
@@ -172,7 +172,7 @@ _WHERE = _WHERE.rstrip(",")
 def _nothing(manifest: Manifest, name: str) -> Annotations:
     return Annotations([], [], np.zeros((0, 2)), [0], np.zeros((0, 4)), [], class_names=manifest.classes, name=name)
 
-# %% ../../nbs/data/15_manifest.ipynb #c3c1d82e
+# %% ../../nbs/data/15_manifest.ipynb #4a52dcbc
 def _scenes(manifest: Manifest, entry: Split, name: str) -> Annotations:
     "Drawn scenes, from the disk when they are there."
     from neo_nb.data.scenes import make_scenes
@@ -180,11 +180,9 @@ def _scenes(manifest: Manifest, entry: Split, name: str) -> Annotations:
     height, width = manifest.size or (360, 640)
     key = f"{height}x{width}-{entry.num_images}-{entry.seed}"
     folder = manifest.folder.with_name(f"{manifest.folder.name}-{key}")
-    if not (folder / "table" / "table.json").is_file():
-        table = make_scenes(entry.num_images or 100, (height, width), entry.seed, folder, name=name)
-        files = [os.path.relpath(table.root / file, folder) for file in table.file_names.tolist()]
-        save_table(replace(table, file_names=files, root=folder), folder / "table")
-    return replace(open_table(folder / "table"), root=folder, name=name)
+    table = make_scenes(entry.num_images or 100, (height, width), entry.seed, folder, name=name)
+    files = [f"images/{Path(file).name}" for file in table.file_names.tolist()]
+    return replace(table, file_names=np.array(files), root=folder)
 
 
 def _logos(manifest: Manifest, entry: Split, name: str) -> Annotations:
