@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'dashboard', 'lab', 'overview', 'main']
 
-# %% ../nbs/73_cli.ipynb #d53caf9b
+# %% ../nbs/73_cli.ipynb #6fad27a8
 import json
 import os
 import sys
@@ -16,8 +16,9 @@ from pathlib import Path
 
 from .browse_verbs import compare, errors
 from .core import InputError, pick, raise_for_disk, settings
-from .data_verbs import data_check, data_fetch, data_import, data_list, data_show
+from .data_verbs import data_check, data_fetch, data_import, data_list, data_show, data_tile
 from .flags import parse, placed
+from .logo_verbs import logo
 from .mine_verbs import mine
 from .verbs import Result, benchmark, check_port, demo, doctor, evaluate, export, near, predict, train
 
@@ -64,7 +65,7 @@ def lab(
     ended = subprocess.run([*words, *(["--allow-root"] if root else []), "nbs/explore.ipynb"], cwd=workspace_root())
     return Result(status=int(ended.returncode != 0))
 
-# %% ../nbs/73_cli.ipynb #09ca6005
+# %% ../nbs/73_cli.ipynb #d4cd8e9e
 COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "demo": (demo, "scenes, trained, evaluated, exported and reported in a few minutes"),
     "doctor": (doctor, "what this machine has and lacks, each with its mend"),
@@ -72,10 +73,12 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "data check": (data_check, "find and count what is wrong with a data set"),
     "data show": (data_show, "plots and annotated pictures of a data set, on one page"),
     "data import": (data_import, "read a folder in COCO, YOLO, VOC or DICE format, and write its manifest"),
+    "data tile": (data_tile, "cut a data set into tiles, for objects too small in whole pictures"),
     "data fetch": (data_fetch, "download a data set, resuming, verified"),
     "train": (train, "train a detector, evaluate it, write a report"),
     "evaluate": (evaluate, "score a run, weights or an ONNX file on any data set"),
     "mine": (mine, "confident false positives into a manifest that draws them more often"),
+    "logo": (logo, "the recipe for tiny objects: larger input, tiles, mining, and what each is worth"),
     "export": (export, "write an ONNX file, and prove that it finds what the model finds"),
     "benchmark": (benchmark, "latency and throughput; --against transformers: ratios on the same weights"),
     "errors": (errors, "what went wrong, in FiftyOne; --serve opens the App, --pull brings back your tags"),

@@ -40,7 +40,7 @@ def find_images(
         raise InputError("no image was named")
     return found
 
-# %% ../nbs/72b_predict.ipynb #1abd3836
+# %% ../nbs/72b_predict.ipynb #df50a7d3
 def _rows(detections: Any, category_ids: Sequence[int]) -> list[dict]:
     "The boxes of one image, for JSON."
     columns = (
@@ -58,20 +58,25 @@ def _rows(detections: Any, category_ids: Sequence[int]) -> list[dict]:
         for box, score, label in zip(*columns)
     ]
 
-
+# %% ../nbs/72b_predict.ipynb #bbc896a5
 def predict_files(
     artifact: Any,  # An `Artifact`, or a path that `load_artifact` takes
     files: Sequence[Path],  # From `find_images`
     run: str | Path,  # The run's folder: pictures/, predictions.json
     threshold: float | None = None,  # Score from which a box counts; that of the best F1, or .3, when None
     batch_size: int = 8,  # Images at once
+    tile: tuple[int, int] | None = None,  # (height, width) of tiles in pixels of the pictures; None: whole pictures
+    overlap: float = 0.2,  # With tile: share of a tile that its neighbour sees too
 ) -> dict:  # artifact, threshold, counts by class name, images: file, size, detections
     "Detect in images; write a picture each, and one JSON. Bad input takes the folder away again."
     from neo_nb.deploy.artifact import load_artifact
+    from neo_nb.deploy.sliced import SlicedArtifact
 
     run = Path(run)
     try:
         detector = load_artifact(artifact) if isinstance(artifact, (str, Path)) else artifact
+        if tile:
+            detector, batch_size = SlicedArtifact(detector, tile, overlap), 1
         best = (detector.record.get("metrics") or {}).get("threshold", -1)
         threshold = threshold if threshold is not None else best if best > 0 else 0.3
         images = [row for start in range(0, len(files), batch_size)
@@ -85,7 +90,7 @@ def predict_files(
         raise
     return found
 
-# %% ../nbs/72b_predict.ipynb #7a21d3c5
+# %% ../nbs/72b_predict.ipynb #a6d2638a
 def _detect(detector: Any, files: Sequence[Path], start: int, count: int, run: Path, threshold: float) -> list[dict]:
     "One batch: read, detect, draw, write."
     from neo_nb.data.loader import read_image

@@ -76,7 +76,7 @@ def test_tags_outlive_a_rebuild_and_lost_ones_are_counted(fo):
 @needs_database
 def test_a_failed_build_leaves_no_half_data_set(fo):
     table, detections = make(3)
-    with pytest.raises(Exception):
+    with pytest.raises(IndexError):
         make_dataset(fo, "half", detections, table, 0.2, features=np.zeros((1, 4), np.float32))
     assert not fo.dataset_exists("half")
 

@@ -7,7 +7,7 @@ Data sets by name, readers and writers of four formats, and the loader: the name
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/data/1Z_face.ipynb #34dd2280
+# %% ../../nbs/data/1Z_face.ipynb #6ba2604e
 from .batch import Batch, Targets
 from .checks import check_dataset
 from .coco import read_coco, write_coco
@@ -15,11 +15,12 @@ from .dice import read_dice, write_dice
 from .imports import import_dataset
 from .loader import make_loader, read_image
 from .manifest import list_datasets, load_dataset, load_manifest
+from .tiles import make_tiles, tile_grid
 from .transforms import make_transform, prepare
 from .voc import read_voc, write_voc
 from .yolo import read_yolo, write_yolo
 
-# %% ../../nbs/data/1Z_face.ipynb #3d07b595
+# %% ../../nbs/data/1Z_face.ipynb #18031cf0
 __all__ = [
     "Batch",
     "Targets",
@@ -29,6 +30,7 @@ __all__ = [
     "load_dataset",
     "load_manifest",
     "make_loader",
+    "make_tiles",
     "make_transform",
     "prepare",
     "read_coco",
@@ -36,6 +38,7 @@ __all__ = [
     "read_image",
     "read_voc",
     "read_yolo",
+    "tile_grid",
     "write_coco",
     "write_dice",
     "write_voc",
