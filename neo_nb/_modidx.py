@@ -461,6 +461,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'neo_nb.deploy.embed': { 'neo_nb.deploy.embed._embed': ('deploy/embed.html#_embed', 'neo_nb/deploy/embed.py'),
                                      'neo_nb.deploy.embed._maps': ('deploy/embed.html#_maps', 'neo_nb/deploy/embed.py'),
                                      'neo_nb.deploy.embed._network': ('deploy/embed.html#_network', 'neo_nb/deploy/embed.py'),
+                                     'neo_nb.deploy.embed._views': ('deploy/embed.html#_views', 'neo_nb/deploy/embed.py'),
                                      'neo_nb.deploy.embed._width': ('deploy/embed.html#_width', 'neo_nb/deploy/embed.py'),
                                      'neo_nb.deploy.embed.embed_boxes': ('deploy/embed.html#embed_boxes', 'neo_nb/deploy/embed.py'),
                                      'neo_nb.deploy.embed.embed_images': ('deploy/embed.html#embed_images', 'neo_nb/deploy/embed.py'),
