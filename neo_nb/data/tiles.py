@@ -208,13 +208,14 @@ class Regions:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"cannot be read ({reason})", self.path, "fetch it again or leave it out") from error
 
-# %% ../../nbs/data/18c_tiles.ipynb #f472b7a7
+# %% ../../nbs/data/18c_tiles.ipynb #d317b3e3
 def _open(path: Path, size: tuple[int, int]):
     "A picture as libvips sees it: RGB, 8 bits, turned as it was annotated."
     import pyvips
 
     try:
-        image = pyvips.Image.new_from_file(str(path), access="random", fail_on="error")
+        # libvips keeps what it opened: revalidate, or a file written anew gives its old pixels
+        image = pyvips.Image.new_from_file(str(path), access="random", fail_on="error", revalidate=True)
         turned = image.autorot()
         image = turned if (turned.height, turned.width) == tuple(size) else image
         if (image.height, image.width) != tuple(size):
