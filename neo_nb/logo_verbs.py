@@ -207,14 +207,7 @@ def run_step(
     trained = train(config.model_copy(update=length), own, table, val)
     if trained["interrupted"]:
         raise SystemExit("stopped; the steps that are done are kept")
-    detector, val, golden = (
-        detector_of(recipe, step, own),
-        *(load_dataset(recipe.data, s) for s in ("val", recipe.golden)),
-    )
-    at = max(evaluate(detector.predict(val, progress=False), val)["threshold"], 0.01)
-    detections = detector.predict(golden, progress=False)
-    save_detections(detections, own / "golden.npz")
-    row = {"step": step.name, "seed": seed} | measure(detections, golden, at) | {"threshold": at} | length
+    row = {"step": step.name, "seed": seed} | _judge(recipe, step, own) | length
     row |= {"minutes": trained["minutes"], "pictures": len(table)}
     with atomic_write(own / "step.json") as path:
         path.write_text(json.dumps({"asked": asked, "row": row, "mined": found}, indent=1) + "\n", encoding="utf-8")

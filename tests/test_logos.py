@@ -67,7 +67,6 @@ def test_the_paint_is_where_the_projected_shield_is(drawn):
 
 
 def test_the_picture_shows_a_mark_where_the_box_is(drawn):
-    """The same picture with another kind of mark in its place differs there and nowhere else."""
     shown = 0
     for picture in drawn:
         for box, crowd in zip(picture.boxes.astype(int), picture.iscrowd):
@@ -240,16 +239,32 @@ def equal_states(one: dict, two: dict) -> bool:
     return one == two
 
 
-@pytest.mark.parametrize("killed_after", [2, 4])
-def test_a_run_killed_before_or_after_the_boundary_resumes_exactly(tmp_path, killed_after):
-    config = {"checkpoint_steps": 1, "freeze_epochs": 1, "epochs": 2}  # 3 updates an epoch
-    assert work(tmp_path, "straight", config=config).returncode == 0
-    assert work(tmp_path, "killed", config=config, kill_after=killed_after).returncode == -9
-    step = load_state(tmp_path / "killed/weights/last.pt")["position"]["step"]
-    assert step == killed_after - 1
-    resumed = work(tmp_path, "killed", config=config, resume=True)
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    one, two = (load_state(tmp_path / name / "weights/last.pt") for name in ("straight", "killed"))
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stopped_at", [2, 3, 4])  # 3 updates an epoch: before, at and behind the boundary
+def test_a_run_stopped_around_the_boundary_resumes_exactly(tmp_path, table, stopped_at):
+    config = small(checkpoint_steps=1, freeze_epochs=1, epochs=2, ema=0.5)
+    Trainer(config, tmp_path / "straight", table, table).fit()
+    stopped = Trainer(config, tmp_path / "stopped", table, table)
+    update = stopped.update
+
+    def stops(batches, stop=False):
+        if stopped.position["step"] == stopped_at:
+            raise Stopped
+        return update(batches, stop)
+
+    stopped.update = stops
+    with pytest.raises(Stopped):
+        stopped.fit()
+    resumed = Trainer(config, tmp_path / "stopped", table, table)
+    resumed.load(tmp_path / "stopped/weights/last.pt")
+    assert resumed.position["step"] == stopped_at
+    resumed.fit()
+    one, two = (load_state(tmp_path / name / "weights/last.pt") for name in ("straight", "stopped"))
+    for state in (one, two):
+        state["rng"][0].pop("python")  # the checker of types draws from it in a test
     for key in ("model", "ema", "ema_step", "optimizer", "rng", "position", "best"):
         assert equal_states(one[key], two[key]), key
 
@@ -294,3 +309,45 @@ def test_a_run_is_a_start_and_what_it_knew_is_taken_over(tmp_path, table, capsys
     assert all(torch.equal(own[k], v) for k, v in best.items())
     with pytest.raises(InputError):
         Trainer(small(weights=str(tmp_path / "nowhere")), tmp_path / "third", table, table)
+
+
+# -- the recipe
+
+
+MINI = """
+format: logos
+root: mini
+classes: [logo]
+size: [135, 240]
+heights: [80, 200]
+splits:
+  train: {num_images: 9, seed: 0}
+  val: {num_images: 4, seed: 1}
+  golden: {num_images: 5, seed: 2}
+"""
+
+
+def test_a_recipe_trains_measures_and_goes_on(tmp_path, monkeypatch):
+    import pandas as pd
+
+    from neo_nb.logo_verbs import STEPS, Recipe, run_step, step_latency, verdicts, write_steps
+
+    monkeypatch.setenv("NEO_DATA", str(tmp_path / "data"))
+    (tmp_path / "mini.yaml").write_text(MINI)
+    recipe = Recipe(str(tmp_path / "mini.yaml"), (72, 128), minutes=0.001, settings={"batch_size": 8, "device": "cpu"})
+    steps = [STEPS[name] for name in ("baseline", "tiles", "mining")]
+    rows = [run_step(recipe, step, 0, tmp_path / "steps") for step in steps]
+    assert [row["step"] for row in rows] == ["baseline", "tiles", "mining"] and all(0 <= r["F1"] <= 1 for r in rows)
+    mined = json.loads((tmp_path / "steps/mining-0/step.json").read_text())["mined"]
+    assert mined["tiles"] == 9 * 4 and mined["tiles trained on"] >= rows[1]["pictures"]
+    stamp = (tmp_path / "steps/tiles-0/weights/best.safetensors").stat().st_mtime_ns
+    assert [run_step(recipe, step, 0, tmp_path / "steps") for step in steps] == rows
+    assert (tmp_path / "steps/tiles-0/weights/best.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match="another recipe"):
+        run_step(Recipe(recipe.data, (96, 160), settings=recipe.settings), steps[0], 0, tmp_path / "steps")
+    frame, latency = pd.DataFrame(rows), step_latency(recipe, steps[:2], 0, tmp_path / "steps", rounds=2)
+    assert list(latency.index) == ["baseline", "tiles"] and (latency["p99 ms"] >= latency["p50 ms"]).all()
+    assert verdicts(frame) == [], "what they are held against has not run"
+    text = write_steps(tmp_path, frame, latency, "Logos", "neo logo").read_text()
+    assert all(f"| {step.name} | 1 |" in text for step in steps)
+    assert len(pd.read_csv(tmp_path / "logo.csv")) == 3
