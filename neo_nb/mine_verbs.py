@@ -237,7 +237,22 @@ def score_before(
         found = evaluate(detector.predict(golden).to_classes(golden.class_names), golden)
     return about | {key: round(float(found[key]), 5) for key in ("F1", "AP", "threshold")}
 
-# %% ../nbs/72h_mine.ipynb #577fda39
+# %% ../nbs/72h_mine.ipynb #e286d257
+def _check(
+    path: Path, threshold: float | None, similarity: float, most: float, limit: int | None, name: str | None
+) -> None:
+    "Raise `InputError` before anything starts."
+    if path.suffix == ".onnx":
+        raise InputError("an ONNX file has no features to tell look-alikes by", path, "give the run it was made from")
+    asked = {"threshold": (threshold, 0, 1), "similarity": (similarity, -1, 1), "most": (most, 1, np.inf),
+             "limit": (limit, 1, np.inf)}  # fmt: skip
+    for key, (value, low, high) in asked.items():
+        if value is not None and not low <= value <= high:
+            raise InputError(f"{key} {value} is not in {low}..{high}", "neo mine")
+    if name is not None and (workspace_root() / "data_manifests" / f"{name}.yaml").exists():
+        raise InputError("a data set has this name", name, "pass another --name")
+
+# %% ../nbs/72h_mine.ipynb #8e1bba68
 def mine(
     run: str,  # The run (or .safetensors) whose errors are mined
     split: str = "train",  # Split that is looked through; never one that is measured on
@@ -260,6 +275,7 @@ def mine(
     path = find_artifact(run)
     refuse_golden(split)
     check_tile(tile, overlap)
+    _check(path, threshold, similarity, most, limit, name)
     if data:
         check_data(data, split, "val")
     if images:
