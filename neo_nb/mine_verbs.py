@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['Ground', 'gather', 'tags_of', 'choose_from', 'cases_of', 'free_name', 'write_round', 'score_before', 'mine']
 
-# %% ../nbs/72h_mine.ipynb #62192bc2
+# %% ../nbs/72h_mine.ipynb #9dc33271
 import json
 import os
 import re
@@ -16,23 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .core import InputError, settings, workspace_root
 from .verbs import Result, check_data, check_tile, find_artifact, near, run_about, run_notebook
 
-# %% ../nbs/72h_mine.ipynb #26367013
+# %% ../nbs/72h_mine.ipynb #82297c91
 @dataclass(frozen=True, eq=False)
 class Ground:
     "What is mined."
 
     table: Any  # Annotations: the split, then the folder's images
     own: int  # Images of the split
-    refused: dict[str, np.ndarray]  # Reason → n, bool
-    always: np.ndarray  # n, bool: tagged hard_negative
+    refused: dict[str, Any]  # Reason → n, bool
+    always: Any  # n, bool: tagged hard_negative
     counts: dict[str, int]
 
-# %% ../nbs/72h_mine.ipynb #d8c57d0b
+# %% ../nbs/72h_mine.ipynb #86aa0d54
 def gather(
     data: str | Path,  # A data set, or a path to a manifest
     split: str = "train",  # Split of it
@@ -40,6 +38,8 @@ def gather(
     tags: Mapping[str, list] | None = None,  # golden, hard_negative, label_error: image ids of the split
 ) -> Ground:
     "The images to look through, and those that must not be mined. Raises `InputError` for a golden split."
+    import numpy as np
+
     from neo_nb.annotations import join
     from neo_nb.data.manifest import load_dataset, load_manifest
     from neo_nb.data.mined import background_table, same_files
@@ -93,7 +93,7 @@ def tags_of(
     except (ValueError, AttributeError, TypeError) as error:
         raise InputError(f"not a file of tags ({error})", path, 'such as {"golden": [3, 7]}') from error
 
-# %% ../nbs/72h_mine.ipynb #4af87890
+# %% ../nbs/72h_mine.ipynb #8fea61ee
 def choose_from(
     detector: Any,  # An `Artifact` with features
     ground: Ground,
@@ -107,6 +107,8 @@ def choose_from(
     progress: bool = True,  # Show a bar
 ) -> tuple[Any, Any]:  # Detections, Chosen
     "Predict, find confident errors, leave one of each that look alike."
+    import numpy as np
+
     from neo_nb.deploy.embed import embed_boxes
     from neo_nb.evaluate.mining import choose, find_candidates
 
@@ -180,9 +182,11 @@ def write_round(
     entry.fingerprint = take_print(read_split(new, split))
     return write_manifest(new.model_copy(update={"mined": f"{name}.json"}), path)
 
-# %% ../nbs/72h_mine.ipynb #58c0444d
+# %% ../nbs/72h_mine.ipynb #e3178fd0
 def _sums(ground: Ground, chosen: Any, known: Any) -> tuple[list[tuple], list[Any]]:
     "Weights by image id and backgrounds, this round's and those before; what is refused now is no longer hard."
+    import numpy as np
+
     table, ids = ground.table, ground.table.image_ids.tolist()
     refused = np.logical_or.reduce(list(ground.refused.values()))
     weights = np.where(refused, 1, np.maximum(table.weights, chosen.weights))
@@ -193,7 +197,7 @@ def _sums(ground: Ground, chosen: Any, known: Any) -> tuple[list[tuple], list[An
     images += [_background(table, row) for row in added.tolist()]
     return [(ids[row], round(float(weights[row]), 4)) for row in rows], images
 
-# %% ../nbs/72h_mine.ipynb #c27d1264
+# %% ../nbs/72h_mine.ipynb #f76f8139
 def _background(table: Any, row: int) -> Any:
     "An image of the folder, named from the setting `data` where it lies below it."
     from neo_nb.data.mined import Background
@@ -204,8 +208,10 @@ def _background(table: Any, row: int) -> Any:
     return Background(id=known.image_id, file=str(file.relative_to(base) if inside else file), size=known.size)
 
 
-def _negatives(table: Any, detections: Any, chosen: Any, always: np.ndarray) -> list[Any]:
+def _negatives(table: Any, detections: Any, chosen: Any, always: Any) -> list[Any]:
     "Where each came from."
+    import numpy as np
+
     from neo_nb.data.mined import Negative
     from neo_nb.evaluate.errors import KINDS
 
@@ -237,11 +243,13 @@ def score_before(
         found = evaluate(detector.predict(golden).to_classes(golden.class_names), golden)
     return about | {key: round(float(found[key]), 5) for key in ("F1", "AP", "threshold")}
 
-# %% ../nbs/72h_mine.ipynb #e286d257
+# %% ../nbs/72h_mine.ipynb #01ec8084
 def _check(
     path: Path, threshold: float | None, similarity: float, most: float, limit: int | None, name: str | None
 ) -> None:
     "Raise `InputError` before anything starts."
+    import numpy as np
+
     if path.suffix == ".onnx":
         raise InputError("an ONNX file has no features to tell look-alikes by", path, "give the run it was made from")
     asked = {"threshold": (threshold, 0, 1), "similarity": (similarity, -1, 1), "most": (most, 1, np.inf),

@@ -113,11 +113,9 @@ def test_a_mistake_is_one_line_with_what_was_meant(neo, workplace, line, words):
 
 def test_help_names_every_command_and_imports_nothing_heavy():
     code = "import sys; from neo_nb.cli import main; s = main(['--help']); print(sorted(sys.modules), file=sys.stderr); sys.exit(s)"
-    start = time.perf_counter()
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert said.returncode == 0 and all(name in said.stdout for name in COMMANDS)
     assert not any(f"'{name}'" in said.stderr for name in ("torch", "numpy", "cv2", "pandas", "papermill"))
-    assert time.perf_counter() - start < 2, "half a second on an idle machine"
 
 
 def test_every_command_has_help(neo):
