@@ -110,7 +110,7 @@ def neo(*words: str, wait: bool = True, **environment: str):
     command = [sys.executable, "-c", "import sys; from neo_nb.cli import main; sys.exit(main())", *words]
     known["PYTHONPATH"] = f"{ROOT}:{known.get('PYTHONPATH', '')}"
     if wait:
-        return subprocess.run(command, capture_output=True, text=True, env=known, timeout=300)
+        return subprocess.run(command, capture_output=True, text=True, env=known, timeout=600)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=known)
 
 
@@ -143,10 +143,10 @@ def test_errors_makes_serves_and_pulls(run):
         _picture(f"http://127.0.0.1:{port}/datasets/0001-evaluate-drawn-x", run)
     finally:
         served.send_signal(signal.SIGINT)
-        served.wait(60)
+        served.wait(120)
 
     own = {k: v for k, v in os.environ.items() if not k.startswith("FIFTYONE")} | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", TAG], check=True, env=own, timeout=120)
+    subprocess.run([sys.executable, "-c", TAG], check=True, env=own, timeout=300)
     done = neo("errors", "1", "--pull")
     assert done.returncode == 0, done.stderr
     tags = json.loads((run / "tags.json").read_text())
@@ -154,13 +154,13 @@ def test_errors_makes_serves_and_pulls(run):
 
 
 def _page(address: str, process: subprocess.Popen) -> str:
-    for _ in range(120):
+    for _ in range(480):
         assert process.poll() is None, process.stdout.read()
         try:
             return urllib.request.urlopen(address, timeout=5).read().decode()
         except OSError:
             time.sleep(0.5)
-    raise AssertionError("the App was not served within a minute")
+    raise AssertionError("the App was not served within four minutes")
 
 
 def _picture(address: str, folder: Path) -> None:
@@ -171,7 +171,7 @@ def _picture(address: str, folder: Path) -> None:
     path = folder / "app.png"
     words = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     words += f" --disable-sync --user-data-dir={folder}/profile --virtual-time-budget=20000 --screenshot={path}"
-    subprocess.run([chromium, *words.split(), address], capture_output=True, timeout=120)
+    subprocess.run([chromium, *words.split(), address], capture_output=True, timeout=300)
     import cv2
 
     assert cv2.imread(str(path)).std() > 10
