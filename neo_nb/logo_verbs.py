@@ -204,6 +204,7 @@ def run_step(
     config, found = recipe.config(step, seed, folder), {}
     table, val = _tables(recipe, step, seed, folder, found)
     length = plan(config, table, recipe.minutes)
+    length["freeze_epochs"] = min(config.freeze_epochs, length["epochs"] // 4)  # a short training has none to spare
     trained = train(config.model_copy(update=length), own, table, val)
     if trained["interrupted"]:
         raise SystemExit("stopped; the steps that are done are kept")
