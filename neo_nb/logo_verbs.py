@@ -9,7 +9,7 @@ __all__ = ['STEPS', 'EVALUATIONS', 'EMPTY', 'LOOKED', 'Step', 'choose_steps', 'R
            'detector_of', 'measure', 'run_step', 'step_latency', 'steps_table', 'verdicts', 'plot_steps', 'write_steps',
            'logo']
 
-# %% ../nbs/72i_logo.ipynb #c91c9c79
+# %% ../nbs/72i_logo.ipynb #6d32cbb8
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -17,15 +17,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .core import InputError, atomic_write, pick
 from .verbs import Result, check_data, run_notebook
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../nbs/72i_logo.ipynb #c2ad04d2
+# %% ../nbs/72i_logo.ipynb #5a77aed8
 @dataclass(frozen=True)
 class Step:
     "One thing more."
@@ -62,7 +60,7 @@ def choose_steps(
             raise InputError(f"the step {name} starts from {after}, which is left out", remedy=f"add {after}")
     return [step for step in _ROWS if step.name in names or not names]
 
-# %% ../nbs/72i_logo.ipynb #ec4b496d
+# %% ../nbs/72i_logo.ipynb #b2d7a40f
 @dataclass(frozen=True)
 class Recipe:
     "Data, time and settings that all steps have in common."
@@ -90,7 +88,7 @@ class Recipe:
     def tile_size(self) -> tuple[int, int]:
         return self.tile or self.size
 
-# %% ../nbs/72i_logo.ipynb #a5a2f586
+# %% ../nbs/72i_logo.ipynb #8d47c8a9
 EVALUATIONS = 5  # Of each training, about
 
 
@@ -100,6 +98,8 @@ def plan(
     minutes: float,
 ) -> dict[str, int]:  # epochs and repeat
     "As many passes as there is time for, evaluated about five times."
+    import numpy as np
+
     from neo_nb.train.loop import Loop, chunks
 
     loop = Loop(config, Path(), table, table)
@@ -116,12 +116,14 @@ def plan(
     repeat = max(1, round(passes / EVALUATIONS))
     return {"epochs": max(1, round(passes / repeat)), "repeat": repeat}
 
-# %% ../nbs/72i_logo.ipynb #0a9d7402
+# %% ../nbs/72i_logo.ipynb #50f372e8
 EMPTY, LOOKED = 0.3, 6.0  # Tiles without an object for each one with, at most: to train on, to look through
 
 
 def tiles_of(recipe: Recipe, split: str, folder: Path, more: bool = False) -> Any:  # Annotations
     "The tiles of a split: those with objects and some without, or many."
+    import numpy as np
+
     from neo_nb.data.manifest import load_dataset
     from neo_nb.data.tiles import make_tiles
 
@@ -142,6 +144,8 @@ def mine_tiles(
     folder: Path,
 ) -> tuple[Any, dict[str, int]]:  # Annotations: what to train on; what was found
     "The training tiles with the detector's confident errors: those tiles too, drawn more often."
+    import numpy as np
+
     from neo_nb.data.tiles import whole_of
     from neo_nb.mine_verbs import Ground, choose_from, gather
 
@@ -189,7 +193,7 @@ def measure(
     names = ("F1", "precision", "recall", "AP", "AP50")
     return {name: row[name] for name in names} | sizes | {"FP": row["FP"], "FP look-alikes": alike}
 
-# %% ../nbs/72i_logo.ipynb #cf3baf2c
+# %% ../nbs/72i_logo.ipynb #5c32c6e8
 def run_step(
     recipe: Recipe,
     step: Step,
@@ -234,7 +238,7 @@ def _judge(recipe: Recipe, step: Step, own: Path) -> dict[str, Any]:
     save_detections(detections, own / "golden.npz")
     return measure(detections, golden, threshold) | {"threshold": threshold}
 
-# %% ../nbs/72i_logo.ipynb #c385072f
+# %% ../nbs/72i_logo.ipynb #846925d4
 def _tables(recipe: Recipe, step: Step, seed: int, folder: Path, counts: dict) -> tuple[Any, Any]:
     "What a step trains on, and what its best epoch is chosen on."
     from neo_nb.data.manifest import load_dataset
@@ -250,7 +254,7 @@ def _tables(recipe: Recipe, step: Step, seed: int, folder: Path, counts: dict) -
     counts.update(found)
     return table, val
 
-# %% ../nbs/72i_logo.ipynb #1f7aa191
+# %% ../nbs/72i_logo.ipynb #73f5b90e
 def step_latency(
     recipe: Recipe,
     steps: Sequence[Step],
@@ -260,6 +264,8 @@ def step_latency(
 ) -> "pd.DataFrame":  # A row a step: p50 and p99 in milliseconds
     "Latency of each step's detector on one of the largest pictures."
     from functools import partial
+
+    import numpy as np
 
     from neo_nb.data.loader import read_image
     from neo_nb.data.manifest import load_dataset
@@ -312,13 +318,14 @@ def verdicts(
         lines.append(f"{name} against {against}: F1 {gap.mean():+.3f}{spread}; {word}")
     return lines
 
-# %% ../nbs/72i_logo.ipynb #9f8e63c6
+# %% ../nbs/72i_logo.ipynb #3e12d04c
 def plot_steps(
     rows: "pd.DataFrame",  # From `run_step`
     latency: "pd.DataFrame | None" = None,  # From `step_latency`
 ) -> Any:  # matplotlib's figure
     "F1 with every seed, AP by size, and latency, by step."
     import matplotlib.pyplot as plt
+    import numpy as np
 
     names = list(rows.step.unique())
     figure, axes = plt.subplots(1, 3 if latency is not None else 2, figsize=(9, 2.8), layout="constrained")
@@ -368,7 +375,7 @@ def write_steps(
         path.write_text(text, encoding="utf-8")
     return folder / "logo.md"
 
-# %% ../nbs/72i_logo.ipynb #8c45fb23
+# %% ../nbs/72i_logo.ipynb #6eb6d4b3
 def logo(
     data: str = "logos",  # A data set with the splits train, val and golden
     minutes: float = 3.0,  # Of each training
