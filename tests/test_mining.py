@@ -376,6 +376,16 @@ def test_rounds_add_up_and_the_golden_set_stays_the_same(detector, place):
     assert check_dataset("logos-mined-2", progress=False).ok
 
 
+def test_tiles_of_mined_pictures_keep_their_weights(detector, place, monkeypatch):
+    monkeypatch.chdir(place)
+    whole, record_, _, _ = mined(detector, place)
+    assert main(["data", "tile", "logos-mined-1", "--to", "pieces", "--tile", "64", "64", "--empty", "9"]) == 0
+    tiles = load_dataset("pieces", "train", strict=True)
+    assert (tiles.weights > 1).any() and len(set(tiles.file_names.tolist())) == len(tiles)
+    assert set(tiles.weights.round(3).tolist()) == set(whole.weights.round(3).tolist())
+    assert read_mined(load_manifest("pieces").mined).rounds() == record_.rounds()
+
+
 def test_a_mined_manifest_that_has_lost_its_data_says_so(detector, place):
     _, record_, _, _ = mined(detector, place)
     path = place / "data_manifests/logos-mined-1.json"
