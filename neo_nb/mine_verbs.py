@@ -9,14 +9,13 @@ __all__ = ['Ground', 'gather', 'tags_of', 'choose_from', 'cases_of', 'free_name'
 
 # %% ../nbs/72h_mine.ipynb #62192bc2
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from .core import InputError, settings, workspace_root
 from .verbs import Result, check_data, check_tile, find_artifact, near, run_about, run_notebook
@@ -28,8 +27,8 @@ class Ground:
 
     table: Any  # Annotations: the split, then the folder's images
     own: int  # Images of the split
-    refused: dict[str, np.ndarray]  # Reason → n, bool
-    always: np.ndarray  # n, bool: tagged hard_negative
+    refused: dict[str, Any]  # Reason → n, bool
+    always: Any  # n, bool: tagged hard_negative
     counts: dict[str, int]
 
 # %% ../nbs/72h_mine.ipynb #d8c57d0b
@@ -40,6 +39,8 @@ def gather(
     tags: Mapping[str, list] | None = None,  # golden, hard_negative, label_error: image ids of the split
 ) -> Ground:
     "The images to look through, and those that must not be mined. Raises `InputError` for a golden split."
+    import numpy as np
+
     from neo_nb.annotations import join
     from neo_nb.data.manifest import load_dataset, load_manifest
     from neo_nb.data.mined import background_table, same_files
@@ -107,6 +108,8 @@ def choose_from(
     progress: bool = True,  # Show a bar
 ) -> tuple[Any, Any]:  # Detections, Chosen
     "Predict, find confident errors, leave one of each that look alike."
+    import numpy as np
+
     from neo_nb.deploy.embed import embed_boxes
     from neo_nb.evaluate.mining import choose, find_candidates
 
@@ -183,6 +186,8 @@ def write_round(
 # %% ../nbs/72h_mine.ipynb #58c0444d
 def _sums(ground: Ground, chosen: Any, known: Any) -> tuple[list[tuple], list[Any]]:
     "Weights by image id and backgrounds, this round's and those before; what is refused now is no longer hard."
+    import numpy as np
+
     table, ids = ground.table, ground.table.image_ids.tolist()
     refused = np.logical_or.reduce(list(ground.refused.values()))
     weights = np.where(refused, 1, np.maximum(table.weights, chosen.weights))
@@ -204,8 +209,10 @@ def _background(table: Any, row: int) -> Any:
     return Background(id=known.image_id, file=str(file.relative_to(base) if inside else file), size=known.size)
 
 
-def _negatives(table: Any, detections: Any, chosen: Any, always: np.ndarray) -> list[Any]:
+def _negatives(table: Any, detections: Any, chosen: Any, always: Any) -> list[Any]:
     "Where each came from."
+    import numpy as np
+
     from neo_nb.data.mined import Negative
     from neo_nb.evaluate.errors import KINDS
 
@@ -244,8 +251,8 @@ def _check(
     "Raise `InputError` before anything starts."
     if path.suffix == ".onnx":
         raise InputError("an ONNX file has no features to tell look-alikes by", path, "give the run it was made from")
-    asked = {"threshold": (threshold, 0, 1), "similarity": (similarity, -1, 1), "most": (most, 1, np.inf),
-             "limit": (limit, 1, np.inf)}  # fmt: skip
+    asked = {"threshold": (threshold, 0, 1), "similarity": (similarity, -1, 1), "most": (most, 1, math.inf),
+             "limit": (limit, 1, math.inf)}  # fmt: skip
     for key, (value, low, high) in asked.items():
         if value is not None and not low <= value <= high:
             raise InputError(f"{key} {value} is not in {low}..{high}", "neo mine")
