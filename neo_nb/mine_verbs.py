@@ -9,6 +9,7 @@ __all__ = ['Ground', 'gather', 'tags_of', 'choose_from', 'cases_of', 'free_name'
 
 # %% ../nbs/72h_mine.ipynb #9dc33271
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -252,8 +253,8 @@ def _check(
 
     if path.suffix == ".onnx":
         raise InputError("an ONNX file has no features to tell look-alikes by", path, "give the run it was made from")
-    asked = {"threshold": (threshold, 0, 1), "similarity": (similarity, -1, 1), "most": (most, 1, np.inf),
-             "limit": (limit, 1, np.inf)}  # fmt: skip
+    asked = {"threshold": (threshold, 0, 1), "similarity": (similarity, -1, 1), "most": (most, 1, math.inf),
+             "limit": (limit, 1, math.inf)}  # fmt: skip
     for key, (value, low, high) in asked.items():
         if value is not None and not low <= value <= high:
             raise InputError(f"{key} {value} is not in {low}..{high}", "neo mine")

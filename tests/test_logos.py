@@ -339,7 +339,7 @@ def test_a_recipe_trains_measures_and_goes_on(tmp_path, monkeypatch):
     rows = [run_step(recipe, step, 0, tmp_path / "steps") for step in steps]
     assert [row["step"] for row in rows] == ["baseline", "tiles", "mining"] and all(0 <= r["F1"] <= 1 for r in rows)
     mined = json.loads((tmp_path / "steps/mining-0/step.json").read_text())["mined"]
-    assert mined["tiles"] == 9 * 4 and mined["tiles trained on"] >= rows[1]["pictures"]
+    assert mined["tiles"] >= mined["tiles trained on"] >= rows[1]["pictures"] > 4
     stamp = (tmp_path / "steps/tiles-0/weights/best.safetensors").stat().st_mtime_ns
     assert [run_step(recipe, step, 0, tmp_path / "steps") for step in steps] == rows
     assert (tmp_path / "steps/tiles-0/weights/best.safetensors").stat().st_mtime_ns == stamp
