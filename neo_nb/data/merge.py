@@ -19,7 +19,7 @@ from torchvision.ops import batched_nms
 from ..core import InputError
 from ..detections import Detections
 
-# %% ../../nbs/data/18d_merge.ipynb #1a72a950
+# %% ../../nbs/data/18d_merge.ipynb #39049c7b
 MARGIN = 2.0  # Pixels: this near to a border is on it
 
 
@@ -27,7 +27,7 @@ def to_whole(
     found: Detections,  # One image a window
     windows: np.ndarray,  # t 4, xyxy in pixels of the picture
     size: tuple[int, int],  # (height, width) of the picture
-) -> tuple[Detections, np.ndarray]:  # One image; m bool: cut by a border inside the picture
+) -> tuple[Detections, np.ndarray]:  # One image; frames, m 4 float32: the window that cut a box, NaN for whole ones
     "Detections of tiles in the picture's pixels."
     if found.num_images != len(windows):
         raise InputError(f"detections of {found.num_images} tiles for {len(windows)} windows")
@@ -36,9 +36,10 @@ def to_whole(
     height, width = size
     inner = np.stack([window[:, 0] > 0, window[:, 1] > 0, window[:, 2] < width, window[:, 3] < height], 1)
     cut = (inner & (np.abs(boxes - window) <= MARGIN)).any(1)
+    frames = np.where(cut[:, None], window, np.float32(np.nan))
     order = np.argsort(-found.scores, kind="stable")
     columns = boxes[order], found.scores[order], found.labels[order]
-    return Detections(np.zeros(len(order), np.int64), *columns, 1, found.class_names), cut[order]
+    return Detections(np.zeros(len(order), np.int64), *columns, 1, found.class_names), frames[order]
 
 # %% ../../nbs/data/18d_merge.ipynb #21790fc1
 Method = Literal["nms", "nmm", "wbf"]
@@ -63,12 +64,38 @@ def _part_of(boxes: np.ndarray, labels: np.ndarray, cut: np.ndarray, share: floa
         gone[start : start + step] = (held & (labels[some][:, None] == labels[whole])).any(1)
     return gone
 
-# %% ../../nbs/data/18d_merge.ipynb #662b4352
-def _join(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, touch: float) -> tuple[np.ndarray, ...]:
-    "Parts of one object become their union: those that overlap by `touch` of the smaller one."
-    inside = _inside(boxes, boxes)
-    near = (np.maximum(inside, inside.T) >= touch) & (labels[:, None] == labels)
-    number = connected_components(csr_array(near), directed=False)[1]
+# %% ../../nbs/data/18d_merge.ipynb #c53f23fd
+def _agree(a: np.ndarray, b: np.ndarray, strip: np.ndarray) -> np.ndarray:  # n m
+    "How much boxes of two tiles overlap (IoU) inside what both tiles saw."
+    a, b = (np.clip(boxes, np.tile(strip[:2], 2), np.tile(strip[2:], 2)) for boxes in (a, b))
+    area_a, area_b = ((boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (a, b))
+    inter = _inside(a, b) * area_a[:, None]
+    return inter / np.maximum(area_a[:, None] + area_b - inter, 1e-9)
+
+
+def _links(boxes: np.ndarray, labels: np.ndarray, frames: np.ndarray, agree: float, share: float) -> csr_array:
+    "Which parts are of one object; pairs of tiles one after the other, as most have nothing in common."
+    reach = np.float64([-2, -2, 2, 2]) * MARGIN
+    seen = np.where(np.abs(boxes - frames) <= MARGIN, frames + reach, boxes)
+    tiles, tile = np.unique(frames + reach, axis=0, return_inverse=True)
+    rows = [np.flatnonzero(tile.ravel() == number) for number in range(len(tiles))]
+    low, high = np.maximum(tiles[:, None, :2], tiles[:, :2]), np.minimum(tiles[:, None, 2:], tiles[:, 2:])
+    strips, links = np.concatenate([low, high], 2), [np.zeros((2, 0), np.int64)]
+    for one, two in zip(*np.nonzero(np.triu((low < high).all(2), 1))):
+        i, j = rows[one], rows[two]
+        inside = np.maximum(_inside(boxes[i], boxes[j]), _inside(boxes[j], boxes[i]).T)
+        same = np.maximum(_agree(seen[i], seen[j], strips[one, two]), np.where(inside >= share, inside, 0))
+        same[labels[i][:, None] != labels[j]] = 0
+        best = (same == same.max(1, keepdims=True)) | (same == same.max(0, keepdims=True))
+        first, second = np.nonzero(best & (same >= agree))
+        links.append(np.stack([i[first], j[second]]))
+    pairs = np.concatenate(links, 1)
+    return csr_array((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(len(boxes), len(boxes)))
+
+# %% ../../nbs/data/18d_merge.ipynb #20b984f2
+def _join(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, links: csr_array) -> tuple[np.ndarray, ...]:
+    "Parts of one object become their union."
+    number = connected_components(links, directed=False)[1]
     heads = np.unique(number, return_index=True)[1]  # rows by falling score: the first is the best
     low, high = np.full((len(heads), 2), np.inf), np.full((len(heads), 2), -np.inf)
     np.minimum.at(low, number, boxes[:, :2])
@@ -110,22 +137,26 @@ def _gather(
     np.add.at(weight, owner, scores[some])
     return result / np.maximum(weight, 1e-12)[:, None]
 
-# %% ../../nbs/data/18d_merge.ipynb #11d8fbe9
+# %% ../../nbs/data/18d_merge.ipynb #71a1bc67
 def merge_tiles(
     found: Detections,  # Of one picture, from `to_whole`
-    cut: np.ndarray,  # m, bool: cut by a border
+    frames: np.ndarray,  # m 4: the window that cut a box, NaN for whole ones
     method: Method = "nms",
     iou_threshold: float = 0.6,  # Overlap above which whole boxes are the same object
     part_share: float = 0.6,  # A cut box goes when so much of it lies in a whole one
-    touch: float = 0.3,  # Cut boxes are one object when so much of the smaller lies in the other
+    agree: float = 0.5,  # Cut boxes of two tiles are one object from this IoU on, inside what both tiles saw
 ) -> Detections:
     "Each object once."
     if method not in ("nms", "nmm", "wbf"):
         raise InputError(f"method {method!r} is none of nms, nmm, wbf")
     columns = found.boxes_xyxy.astype(np.float64), found.scores, found.labels
+    cut = ~np.isnan(frames[:, 0])
     parts = np.flatnonzero(cut)
     parts = parts[~_part_of(columns[0], columns[2], cut, part_share)]
     whole = _same(*(column[~cut] for column in columns), method, iou_threshold)
-    joined = _join(*(column[parts] for column in columns), touch) if len(parts) else tuple(c[parts] for c in columns)
+    joined = tuple(column[parts] for column in columns)
+    if len(parts):
+        links = _links(joined[0], joined[2], frames[parts].astype(np.float64), agree, part_share)
+        joined = _join(*joined, links)
     boxes, scores, labels = (np.concatenate(pair) for pair in zip(whole, joined))
     return Detections(np.zeros(len(scores), np.int64), boxes, scores, labels, found.num_images, found.class_names)
