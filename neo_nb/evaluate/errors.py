@@ -116,7 +116,7 @@ def _paired(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     areas = [(x[:, 2:] - x[:, :2]).prod(1) for x in (a, b)]
     return side / np.maximum(areas[0] + areas[1] - side, 1e-9)
 
-# %% ../../nbs/evaluate/44_errors.ipynb #770b421c
+# %% ../../nbs/evaluate/44_errors.ipynb #ac4a9de2
 def confusion_matrix(
     detections: Detections,
     annotations: Annotations,
@@ -169,7 +169,7 @@ def _mended(
         labels[rows], verdict[rows] = annotations.labels[errors.truth[rows]], RIGHT
     return labels, verdict.astype(np.uint8)
 
-# %% ../../nbs/evaluate/44_errors.ipynb #47192145
+# %% ../../nbs/evaluate/44_errors.ipynb #3cc4f1ae
 def error_costs(
     detections: Detections,
     annotations: Annotations,
@@ -194,4 +194,4 @@ def error_costs(
     found = np.bincount(annotations.labels[errors.found], minlength=len(objects))
     best["false negatives"] = _ap50(scores, labels, verdict, found)
     counts |= {"false positives": int((verdict == WRONG).sum()), "false negatives": int((objects - found).sum())}
-    return {name: {"count": counts[name], "cost": max(0.0, ap - now) if ap >= 0 else 0.0} for name, ap in best.items()}
+    return {name: {"count": counts[name], "cost": max(0.0, (ap if ap >= 0 else 1.0) - now)} for name, ap in best.items()}
