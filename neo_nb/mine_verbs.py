@@ -7,8 +7,9 @@
 # %% auto #0
 __all__ = ['Ground', 'gather', 'tags_of', 'choose_from', 'cases_of', 'free_name', 'write_round', 'score_before', 'mine']
 
-# %% ../nbs/72h_mine.ipynb #c4955089
+# %% ../nbs/72h_mine.ipynb #a6c6421b
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Ground:
     always: np.ndarray  # n, bool: tagged hard_negative
     counts: dict[str, int]
 
-# %% ../nbs/72h_mine.ipynb #97af81e8
+# %% ../nbs/72h_mine.ipynb #d8c57d0b
 def gather(
     data: str | Path,  # A data set, or a path to a manifest
     split: str = "train",  # Split of it
@@ -49,8 +50,8 @@ def gather(
     manifest, table = load_manifest(data), load_dataset(data, split)
     own, counts = len(table), {"images of the split": len(table)}
     if images is not None:
-        there = {os.path.abspath(table.root / name) for name in table.file_names.tolist()}
-        files = [file for file in find_images([images]) if os.path.abspath(file) not in there]
+        there = {os.path.realpath(table.root / name) for name in table.file_names.tolist()}
+        files = [file for file in find_images([images]) if os.path.realpath(file) not in there]
         table = join([table, background_table(files, table)], table.name)
         counts["images of the folder"] = len(files)
     marks = {}
@@ -179,7 +180,7 @@ def write_round(
     entry.fingerprint = take_print(read_split(new, split))
     return write_manifest(new.model_copy(update={"mined": f"{name}.json"}), path)
 
-# %% ../nbs/72h_mine.ipynb #5cbf3cf3
+# %% ../nbs/72h_mine.ipynb #58c0444d
 def _sums(ground: Ground, chosen: Any, known: Any) -> tuple[list[tuple], list[Any]]:
     "Weights by image id and backgrounds, this round's and those before; what is refused now is no longer hard."
     table, ids = ground.table, ground.table.image_ids.tolist()
@@ -189,16 +190,16 @@ def _sums(ground: Ground, chosen: Any, known: Any) -> tuple[list[tuple], list[An
     images = [image for image in (known.images if known else []) if image.id not in gone]
     added = np.flatnonzero(weights[ground.own :] > 1) + ground.own
     rows = np.concatenate([np.flatnonzero(weights[: ground.own] != 1), added])
-    images += [_background(table, row) for row in added]
+    images += [_background(table, row) for row in added.tolist()]
     return [(ids[row], round(float(weights[row]), 4)) for row in rows], images
 
-# %% ../nbs/72h_mine.ipynb #a4a0ffd4
+# %% ../nbs/72h_mine.ipynb #c27d1264
 def _background(table: Any, row: int) -> Any:
     "An image of the folder, named from the setting `data` where it lies below it."
     from neo_nb.data.mined import Background
 
-    known, base = table.of(int(row)), Path(settings()["data"])
-    file = Path(os.path.abspath(known.path))
+    known, base = table.of(row), Path(settings()["data"]).resolve()
+    file = Path(os.path.realpath(known.path))
     inside = file.is_relative_to(base)
     return Background(id=known.image_id, file=str(file.relative_to(base) if inside else file), size=known.size)
 

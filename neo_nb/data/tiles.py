@@ -7,8 +7,9 @@
 # %% auto #0
 __all__ = ['SMALL', 'LARGE', 'tile_grid', 'Tiled', 'tile_id', 'whole_of', 'tile_table', 'Regions', 'make_tiles', 'save_tiled']
 
-# %% ../../nbs/data/18c_tiles.ipynb #42fc4018
+# %% ../../nbs/data/18c_tiles.ipynb #4da1dc28
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,20 +19,20 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from ..annotations import PER_BOX, Annotations, fingerprint, open_table, save_table
+from ..annotations import PER_BOX, PER_IMAGE, Annotations, fingerprint, open_table, save_table
 from ..core import InputError, atomic_write, settings
 from .coco import write_coco
 from .loader import read_image
 from .manifest import Manifest, Split, read_split, take_print, write_manifest
 from ..draw import save_image
 
-# %% ../../nbs/data/18c_tiles.ipynb #ca88044c
+# %% ../../nbs/data/18c_tiles.ipynb #5cad6c13
 def _starts(length: int, tile: int, overlap: float) -> np.ndarray:
     "Where the windows of one side begin."
     if length <= tile:
         return np.zeros(1, np.int64)
     count = int(np.ceil((length - tile) / (tile * (1 - overlap)) - 1e-9)) + 1
-    return np.linspace(0, length - tile, count).round().astype(np.int64)
+    return np.unique(np.linspace(0, length - tile, count).round().astype(np.int64))
 
 
 def tile_grid(
@@ -78,7 +79,7 @@ def _cut(annotations: Annotations, row: int, windows: np.ndarray, min_kept: floa
     return {"tile": tile, "row": box + span.start, "boxes": np.concatenate([low, high], 2)[tile, box] - shift,
             "share": kept, "ignore": annotations.iscrowd[box + span.start] | (kept < min_kept)}  # fmt: skip
 
-# %% ../../nbs/data/18c_tiles.ipynb #944300ca
+# %% ../../nbs/data/18c_tiles.ipynb #8116760b
 def tile_id(image_id: int | str, window: Sequence[int] | np.ndarray) -> str:
     "The name of a tile: its picture and where it lies in it."
     return f"{image_id}@" + ",".join(str(int(value)) for value in window)
@@ -88,11 +89,10 @@ def whole_of(
     tile: str,  # The id of a tile
 ) -> tuple[str, tuple[int, int, int, int]]:  # Id of the picture, window xyxy
     "Where a tile comes from; raises `InputError` for what is no tile."
-    picture, at, window = str(tile).partition("#")[0].rpartition("@")
-    numbers = window.split(",")
-    if not at or len(numbers) != 4 or not all(n.isdigit() for n in numbers):
+    known = re.fullmatch(r"(.+)@(\d+),(\d+),(\d+),(\d+)(#\d+)?", str(tile), re.DOTALL)
+    if known is None:
         raise InputError(f"{tile!r} is no tile", remedy="ids of tiles are picture@x1,y1,x2,y2")
-    return picture, tuple(map(int, numbers))
+    return known[1], tuple(int(known[n]) for n in (2, 3, 4, 5))
 
 # %% ../../nbs/data/18c_tiles.ipynb #0bbd56d5
 def tile_table(
@@ -138,7 +138,7 @@ def _choose(
     rows = np.repeat(rows, np.where(tiny[rows], small_repeat, 1))
     return rows, len(bare) - take, int(len(rows) - len(np.unique(rows)))
 
-# %% ../../nbs/data/18c_tiles.ipynb #41fd240b
+# %% ../../nbs/data/18c_tiles.ipynb #aa6be42a
 def _table(
     annotations: Annotations, columns: dict, picture: np.ndarray, window: np.ndarray, rows: np.ndarray, left: int,
     repeated: int,
@@ -150,7 +150,8 @@ def _table(
     pick = np.arange(offsets[-1]) + np.repeat(starts[:-1][rows] - offsets[:-1], counts)
     parent = columns["row"][pick]
     boxes, share, ignore = (columns[key][pick] for key in ("boxes", "share", "ignore"))
-    ids = [tile_id(annotations.image_ids[picture[row]], window[row]) for row in rows]
+    per_image = {key: getattr(annotations, key)[picture[rows]] for key in PER_IMAGE if key != "sizes"}
+    ids = [tile_id(name, window[row]) for name, row in zip(per_image["image_ids"].tolist(), rows)]
     number = np.arange(len(rows)) - np.searchsorted(rows, rows)
     ids = [f"{name}#{n + 1}" if n else name for name, n in zip(ids, number.tolist())]
     sizes = np.stack([window[rows, 3] - window[rows, 1], window[rows, 2] - window[rows, 0]], 1)
@@ -159,10 +160,8 @@ def _table(
     }
     extras = {"whole_xyxy": annotations.boxes_xyxy[parent]}
     table = replace(
-        annotations, image_ids=np.array(ids), file_names=annotations.file_names[picture[rows]], sizes=sizes,
-        tags=annotations.tags[picture[rows]], offsets=offsets, boxes_xyxy=boxes, iscrowd=ignore,
-        areas=annotations.areas[parent] * share, extras=extras, name=annotations.name,
-        **(per_box | {"box_ids": np.arange(1, len(parent) + 1)}),
+        annotations, sizes=sizes, offsets=offsets, boxes_xyxy=boxes, iscrowd=ignore, areas=annotations.areas[parent] * share,
+        extras=extras, **(per_image | per_box | {"image_ids": np.array(ids), "box_ids": np.arange(1, len(parent) + 1)}),
     )  # fmt: skip
     real = ~annotations.iscrowd
     held = np.zeros(len(real), bool)
@@ -209,19 +208,19 @@ class Regions:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"cannot be read ({reason})", self.path, "fetch it again or leave it out") from error
 
-# %% ../../nbs/data/18c_tiles.ipynb #8aef0d5a
+# %% ../../nbs/data/18c_tiles.ipynb #d317b3e3
 def _open(path: Path, size: tuple[int, int]):
     "A picture as libvips sees it: RGB, 8 bits, turned as it was annotated."
     import pyvips
 
     try:
-        image = pyvips.Image.new_from_file(str(path), access="random", fail_on="error")
+        # libvips keeps what it opened: revalidate, or a file written anew gives its old pixels
+        image = pyvips.Image.new_from_file(str(path), access="random", fail_on="error", revalidate=True)
         turned = image.autorot()
         image = turned if (turned.height, turned.width) == tuple(size) else image
         if (image.height, image.width) != tuple(size):
             raise InputError(f"is {image.height} x {image.width}, annotated as {size[0]} x {size[1]}", path)
-        image = image.colourspace("srgb").cast("uchar")
-        return image.flatten() if image.hasalpha() else image
+        return image.colourspace("srgb").cast("uchar").extract_band(0, n=3)  # without alpha, as `read_image` does
     except pyvips.Error as error:
         raise InputError(f"cannot be read ({str(error).strip().splitlines()[0]})", path) from error
 
