@@ -60,16 +60,17 @@ def _best(pairs: Pairs, wanted: np.ndarray, count: int) -> tuple[np.ndarray, np.
     iou[pairs.detection[rising]], truth[pairs.detection[rising]] = pairs.iou[rising], pairs.truth[rising]
     return iou, truth
 
-# %% ../../nbs/evaluate/44_errors.ipynb #c56ea291
+# %% ../../nbs/evaluate/44_errors.ipynb #30d1eaff
 def find_errors(
     detections: Detections,
     annotations: Annotations,
     iou_threshold: float = 0.5,  # An object is found from this overlap on
     score_threshold: float = 0.0,  # Detections below it are not counted, and find nothing
-    background_iou: float = 0.1,  # Below this overlap there is nothing
+    background_iou: float | None = None,  # Below it there is nothing; None: 0.1, or half of a low iou_threshold
     max_dets: int = 100,  # Detections that count, for each class in each image
 ) -> Errors:
     "Say of every detection and every object what became of it. Raises `InputError` when the tables do not fit."
+    background_iou = min(0.1, iou_threshold / 2) if background_iou is None else background_iou
     if not 0 < background_iou < iou_threshold:
         raise InputError(f"background_iou {background_iou} must be above 0 and below iou_threshold {iou_threshold}")
     high = np.flatnonzero(detections.scores >= np.float32(score_threshold))
@@ -169,12 +170,12 @@ def _mended(
         labels[rows], verdict[rows] = annotations.labels[errors.truth[rows]], RIGHT
     return labels, verdict.astype(np.uint8)
 
-# %% ../../nbs/evaluate/44_errors.ipynb #3cc4f1ae
+# %% ../../nbs/evaluate/44_errors.ipynb #a918d2e2
 def error_costs(
     detections: Detections,
     annotations: Annotations,
     iou_threshold: float = 0.5,  # An object is found from this overlap on
-    background_iou: float = 0.1,  # Below this overlap there is nothing
+    background_iou: float | None = None,  # Below it there is nothing; None: 0.1, or half of a low iou_threshold
     max_dets: int = 100,  # Detections that count, for each class in each image
 ) -> dict[str, dict[str, float]]:  # Kind: `count` and `cost`, in AP at that IoU, 0..1
     "What each kind of error costs, over all scores."
