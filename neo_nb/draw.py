@@ -18,7 +18,7 @@ from .annotations import ImageAnnotations
 from .core import InputError, atomic_write
 from .detections import Detections
 
-# %% ../nbs/04_draw.ipynb #e6e58a01
+# %% ../nbs/04_draw.ipynb #22ac8c1e
 PALETTE = [(230, 159, 0), (86, 180, 233), (204, 121, 167), (240, 228, 66), (0, 114, 178), (213, 94, 0), (0, 158, 115)]
 TRUTH, SAID = (40, 190, 70), (230, 40, 40)
 Colour = tuple[int, int, int]
@@ -38,6 +38,8 @@ def draw_boxes(
     thick = max(1, round(min(canvas.shape[:2]) / 350))
     for i in np.argsort(-(boxes_xyxy[:, 2] - boxes_xyxy[:, 0]), kind="stable"):  # large ones first
         box, label = np.round(boxes_xyxy[i]).astype(int).tolist(), int(labels[i])
+        if min(box[2:]) < 0 or box[0] >= canvas.shape[1] or box[1] >= canvas.shape[0]:
+            continue  # beside the picture: its words would not be
         if iscrowd is not None and iscrowd[i]:
             _hatch(canvas, box, thick)
             continue
@@ -58,7 +60,7 @@ def _hatch(canvas: np.ndarray, box: list[int], thick: int) -> None:
         cv2.line(part, (start, part.shape[0]), (start + part.shape[0], 0), (150, 150, 150), 1, cv2.LINE_AA)
     cv2.rectangle(canvas, box[:2], box[2:], (150, 150, 150), thick)
 
-# %% ../nbs/04_draw.ipynb #03b15a0b
+# %% ../nbs/04_draw.ipynb #f335af14
 def _write(canvas: np.ndarray, text: str, box: list[int], ink: Colour, thick: int) -> None:
     "A label on its own ground, above the box where there is room, else inside."
     size = 0.36 * thick
@@ -87,7 +89,7 @@ def draw_detections(
         image = draw_boxes(image, said.boxes_xyxy, said.labels, class_names, said.scores, SAID)
     return image
 
-# %% ../nbs/04_draw.ipynb #fe881596
+# %% ../nbs/04_draw.ipynb #ec64d800
 def grid(
     images: Sequence[np.ndarray],  # RGB uint8, of any sizes
     columns: int = 4,
@@ -125,7 +127,7 @@ def encode(image: np.ndarray, suffix: str = ".jpg", quality: int = 85) -> bytes:
         raise InputError(f"a picture cannot be written as {suffix}", remedy="use .jpg or .png")
     return data.tobytes()
 
-# %% ../nbs/04_draw.ipynb #e959f038
+# %% ../nbs/04_draw.ipynb #ec3c52df
 def save_image(image: np.ndarray, path: str | Path, quality: int = 85) -> Path:
     "Write a picture, whole or not at all; JPEG or PNG by suffix."
     data = encode(image, Path(path).suffix, quality)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from test_metrics import make
 
+from neo_nb.detections import Detections
 from neo_nb.evaluate.coco_metrics import coco_metrics
 from neo_nb.evaluate.compare import compare_detections
 from neo_nb.evaluate.errors import KINDS, confusion_matrix, error_costs, find_errors
-from neo_nb.evaluate.operating_point import ALL, match_detections, threshold_curves
+from neo_nb.evaluate.operating_point import ALL, evaluate, match_detections, threshold_curves
 from neo_nb.evaluate.slices import BUCKETS, of_images, slice_metrics
 
 
@@ -120,3 +121,13 @@ def test_two_runs_compared_agree_with_the_metric():
                 assert found[key][numbers] == pytest.approx(coco_metrics(one, table)[key], abs=1e-9)
         same = compare_detections(detections, detections, table, draws=20)
         assert same["AP"]["interval"] == [0, 0]
+
+
+def test_what_lies_at_the_edges_of_a_metric():
+    """A low IoU threshold, nothing said, no images, an object beside its picture: numbers and pictures all the same."""
+    table, detections = make(1)
+    assert find_errors(detections, table, 0.1).counts()["right"] >= find_errors(detections, table).counts()["right"]
+    nothing = detections.keep(np.zeros(0, int))
+    assert error_costs(nothing, table)["missed"]["cost"] == 1
+    none = table.select([]), Detections([], [], [], [], 0, table.class_names)
+    assert evaluate(none[1], none[0])["AP"] == compare_detections(none[1], none[1], none[0])["AP"]["first"] == -1

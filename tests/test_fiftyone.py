@@ -78,7 +78,27 @@ def test_a_failed_build_leaves_no_half_data_set(fo):
     table, detections = make(3)
     with pytest.raises(IndexError):
         make_dataset(fo, "half", detections, table, 0.2, features=np.zeros((1, 4), np.float32))
-    assert not fo.dataset_exists("half")
+    assert not [name for name in fo.list_datasets() if name.startswith("half")]
+
+
+@needs_database
+def test_a_failed_rebuild_leaves_the_old_data_set_and_its_tags(fo):
+    table, detections = make(3)
+    dataset = make_dataset(fo, "kept", detections, table, 0.2)
+    sample = next(s for s in dataset if s["predictions"].detections)
+    sample["predictions"].detections[0].tags.append("hard_negative")
+    drawn = fo.Detection(label="c0", bounding_box=[0.1, 0.1, 0.2, 0.2], tags=["label_error"])  # by hand, in the App
+    sample["ground_truth"].detections.append(drawn)
+    sample.save()
+    before = pull_tags(fo, "kept")
+    assert len(before["boxes"]) == 2 and len(before["label_error"]) == 1
+    with pytest.raises(IndexError):
+        make_dataset(fo, "kept", detections, table, 0.2, features=np.zeros((1, 4), np.float32))
+    assert pull_tags(fo, "kept") == before
+    again = make_dataset(fo, "kept", detections, table, 0.2)
+    assert again.name == "kept" and again.info["tags lost"] == 1  # the box drawn by hand is in no annotations
+    assert len(again.load_saved_view("evaluation patches")) > 0
+    assert pull_tags(fo, "kept")["hard_negative"] == before["hard_negative"]
 
 
 @pytest.fixture
@@ -204,3 +224,5 @@ def test_a_database_that_cannot_start_is_one_line(run, monkeypatch, tmp_path):
     (tmp_path / "mongod").chmod(0o755)
     monkeypatch.setattr(database, "_mongod", lambda: tmp_path / "mongod")
     assert "libssl.so.1.1 is missing" in database.database_problem()
+    (tmp_path / "mongod").write_text("#!/bin/sh\nkill -ILL $$\n")
+    assert "mongod does not start (exit status -4" in database.database_problem()

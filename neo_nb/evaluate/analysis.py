@@ -19,7 +19,7 @@ from .errors import confusion_matrix, error_costs, find_errors
 from .operating_point import COLOURS
 from .slices import calibration, slice_metrics
 
-# %% ../../nbs/evaluate/46_analysis.ipynb #867c858d
+# %% ../../nbs/evaluate/46_analysis.ipynb #6de161ee
 MOST_CLASSES = 40  # A larger confusion matrix is not written into the record
 
 
@@ -30,10 +30,10 @@ def analyse(
 ) -> dict[str, Any]:  # slices, errors, costs, calibration, confusion: plain numbers, as JSON takes them
     "What the detector gets wrong, and where."
     rule = {"iou_threshold": metrics["iou_threshold"], "max_dets": metrics["max_dets"]}
-    threshold, low = max(metrics["threshold"], 0.0), {"background_iou": min(0.1, metrics["iou_threshold"] / 2)}
-    errors = find_errors(detections, annotations, score_threshold=threshold, **low, **rule)
+    threshold = max(metrics["threshold"], 0.0)
+    errors = find_errors(detections, annotations, score_threshold=threshold, **rule)
     found = {"slices": slice_metrics(detections, annotations, threshold, metrics["max_dets"])}
-    found |= {"errors": errors.counts(), "costs": error_costs(detections, annotations, **low, **rule)}
+    found |= {"errors": errors.counts(), "costs": error_costs(detections, annotations, **rule)}
     found |= {"calibration": calibration(detections, annotations, **rule)}
     if len(annotations.class_names) <= MOST_CLASSES:
         matrix = confusion_matrix(detections, annotations, score_threshold=threshold, **rule)

@@ -7,8 +7,8 @@
 # %% auto #0
 __all__ = ['TAGS', 'make_dataset', 'collect_tags', 'pull_tags']
 
-# %% ../../nbs/evaluate/47b_browse.ipynb #f6c29831
-from collections.abc import Mapping, Sequence
+# %% ../../nbs/evaluate/47b_browse.ipynb #56e30008
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,10 @@ from .compare import image_counts
 from .errors import IS_RIGHT, KINDS, NOT_COUNTED, Errors, find_errors
 from .slices import BUCKETS
 
-# %% ../../nbs/evaluate/47b_browse.ipynb #14929e75
-def _shares(boxes: np.ndarray, sizes: np.ndarray) -> list[list[float]]:
-    "Boxes in pixels as FiftyOne's shares of the image."
-    scale = np.maximum(np.concatenate([sizes[:, ::-1], sizes[:, ::-1]], 1), 1)
-    shares = boxes / scale
+# %% ../../nbs/evaluate/47b_browse.ipynb #14811b3d
+def _shares(boxes: np.ndarray, size: np.ndarray) -> list[list[float]]:
+    "Boxes of one image in pixels as FiftyOne's shares of it."
+    shares = boxes / np.maximum(np.tile(size[::-1], 2), 1)
     shares[:, 2:] -= shares[:, :2]
     return shares.astype(float).round(6).tolist()
 
@@ -35,45 +34,44 @@ def _bucket(areas: np.ndarray) -> np.ndarray:
     return names[np.searchsorted(bounds, areas, side="right") - 1]
 
 
-def _objects(fo: Any, annotations: Annotations, errors: Errors) -> list[Any]:
-    "Every object as a FiftyOne detection."
-    shares = _shares(annotations.boxes_xyxy, annotations.sizes[annotations.image_index])
+def _objects(fo: Any, annotations: Annotations, errors: Errors, image: int) -> list[Any]:
+    "Every object of an image as a FiftyOne detection."
+    known, first = annotations.of(image), int(annotations.offsets[image])
+    mine = slice(first, first + len(known.labels))
     fate = np.select(
-        [annotations.iscrowd, errors.found, errors.touched], ["ignore region", "found", "touched"], "missed"
+        [known.iscrowd, errors.found[mine], errors.touched[mine]], ["ignore region", "found", "touched"], "missed"
     )
-    columns = zip(shares, annotations.labels.tolist(), annotations.iscrowd.tolist(), annotations.areas.tolist(),
-                  _bucket(annotations.areas).tolist(), fate.tolist())  # fmt: skip
+    columns = zip(_shares(known.boxes_xyxy, annotations.sizes[image]), known.labels.tolist(), known.iscrowd.tolist(),
+                  known.areas.tolist(), _bucket(known.areas).tolist(), fate.tolist())  # fmt: skip
     return [
         fo.Detection(label=annotations.class_names[label], bounding_box=box, iscrowd=crowd, area=area, size=size,
                      fate=state, row=row)
-        for row, (box, label, crowd, area, size, state) in enumerate(columns)
+        for row, (box, label, crowd, area, size, state) in enumerate(columns, first)
     ]  # fmt: skip
 
 
-def _said(fo: Any, detections: Detections, annotations: Annotations, errors: Errors) -> list[Any]:
-    "Every detection that counts as a FiftyOne detection, None for the others."
-    boxes = detections.boxes_xyxy
-    shares = _shares(boxes, annotations.sizes[detections.image_index])
+def _said(fo: Any, detections: Detections, errors: Errors, rows: np.ndarray, size: np.ndarray) -> list[Any]:
+    "Detections of one image as FiftyOne's."
+    boxes = detections.boxes_xyxy[rows]
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    columns = zip(shares, detections.labels.tolist(), detections.scores.tolist(), errors.kind.tolist(),
-                  errors.iou.astype(float).tolist(), areas.astype(float).tolist(), _bucket(areas).tolist())  # fmt: skip
+    columns = zip(_shares(boxes, size), detections.labels[rows].tolist(), detections.scores[rows].tolist(),
+                  errors.kind[rows].tolist(), errors.iou[rows].astype(float).tolist(), areas.astype(float).tolist(),
+                  _bucket(areas).tolist(), rows.tolist())  # fmt: skip
     return [
-        None if kind == NOT_COUNTED else
         fo.Detection(label=detections.class_names[label], bounding_box=box, confidence=score, kind=KINDS[kind],
                      overlap=iou, area=area, size=size, row=row)
-        for row, (box, label, score, kind, iou, area, size) in enumerate(columns)
+        for box, label, score, kind, iou, area, size, row in columns
     ]  # fmt: skip
 
-# %% ../../nbs/evaluate/47b_browse.ipynb #01285f59
+# %% ../../nbs/evaluate/47b_browse.ipynb #214dfd33
 def _samples(
     fo: Any, detections: Detections, annotations: Annotations, errors: Errors, counts: np.ndarray
-) -> list[Any]:
-    "A sample an image, with its own counts."
-    objects, said = _objects(fo, annotations, errors), _said(fo, detections, annotations, errors)
-    bounds, samples = (annotations.offsets, detections.offsets), []
+) -> Iterator[Any]:
+    "A sample an image, with its own counts; one after the other, as millions of boxes are gigabytes there."
+    bounds = detections.offsets
     for row in range(len(annotations)):
-        truth = objects[bounds[0][row] : bounds[0][row + 1]]
-        found = [one for one in said[bounds[1][row] : bounds[1][row + 1]] if one is not None]
+        counted = bounds[row] + np.flatnonzero(errors.kind[bounds[row] : bounds[row + 1]] != NOT_COUNTED)
+        found = _said(fo, detections, errors, counted, annotations.sizes[row])
         right, wrong, missed = counts[row].tolist()
         known = annotations.of(row)
         f1 = 2 * right / (2 * right + wrong + missed) if right + wrong + missed else 1.0
@@ -82,11 +80,10 @@ def _samples(
             height=known.size[0], width=known.size[1])  # fmt: skip
         sample["right"], sample["wrong"], sample["missed"], sample["errors"] = right, wrong, missed, wrong + missed
         sample["ground_truth"], sample["predictions"] = (
-            fo.Detections(detections=truth),
+            fo.Detections(detections=_objects(fo, annotations, errors, row)),
             fo.Detections(detections=found),
         )
-        samples.append(sample)
-    return samples
+        yield sample
 
 # %% ../../nbs/evaluate/47b_browse.ipynb #74bc57bf
 def _save_views(fo: Any, dataset: Any) -> None:
@@ -116,7 +113,7 @@ def _save_views(fo: Any, dataset: Any) -> None:
     for name, view in views.items():
         dataset.save_view(name, view, overwrite=True)
 
-# %% ../../nbs/evaluate/47b_browse.ipynb #08b71962
+# %% ../../nbs/evaluate/47b_browse.ipynb #5d84bb19
 TAGS = ("hard_negative", "label_error", "golden")  # What a person says in the App
 
 
@@ -135,7 +132,7 @@ def make_dataset(
     errors = find_errors(detections, annotations, iou_threshold, threshold, max_dets=max_dets)
     counts = image_counts(detections, annotations, threshold, iou_threshold, max_dets)
     tagged = collect_tags(fo.load_dataset(name)) if fo.dataset_exists(name) else []
-    dataset = fo.Dataset(name, persistent=True, overwrite=True)
+    dataset = fo.Dataset(f"{name} unfinished", persistent=True, overwrite=True)
     try:
         dataset.add_samples(_samples(fo, detections, annotations, errors, counts), progress=False)
         rule = {"iou": iou_threshold, "classwise": True, "compute_mAP": False, "progress": False}
@@ -151,6 +148,9 @@ def make_dataset(
         _save_views(fo, dataset)
         dataset.info["tags lost"] = _set_tags(dataset, tagged)
         dataset.save()
+        if fo.dataset_exists(name):
+            fo.delete_dataset(name)  # not before: the person's tags are in it
+        dataset.name = name
     except BaseException:
         dataset.delete()  # half a data set would look like a whole one
         raise
@@ -179,7 +179,7 @@ def _map(dataset: Any, features: np.ndarray) -> None:
     fob.compute_visualization(wrong, method="pca", brain_key="error_map", progress=False, **say)
     fob.compute_similarity(wrong, backend="sklearn", brain_key="error_similarity", progress=False, **say)
 
-# %% ../../nbs/evaluate/47b_browse.ipynb #e9622de6
+# %% ../../nbs/evaluate/47b_browse.ipynb #a39e0063
 def collect_tags(
     dataset: Any,  # fiftyone.Dataset
 ) -> list[dict[str, Any]]:  # tag, image_id, source (image, ground_truth, predictions), row, label, score, box (shares)
@@ -190,7 +190,8 @@ def collect_tags(
     for source in ("ground_truth", "predictions"):
         for sample in dataset.match_labels(fields=source, tags=list(TAGS)):
             for one in sample[source].detections:
-                about = {"label": one.label, "score": one.confidence, "row": one["row"], "box": list(one.bounding_box)}
+                row = getattr(one, "row", None)  # a box that a person drew in the App has none
+                about = {"label": one.label, "score": one.confidence, "row": row, "box": list(one.bounding_box)}
                 found += [{"tag": tag, "image_id": sample["image_id"], "source": source} | about
                           for tag in one.tags if tag in TAGS]  # fmt: skip
     return found
@@ -198,8 +199,10 @@ def collect_tags(
 
 def _set_tags(dataset: Any, tagged: Sequence[Mapping[str, Any]]) -> int:
     "Give back tags to images by id and to boxes by place and class; how many found no owner."
-    owners = {sample["image_id"]: sample for sample in dataset} if tagged else {}
-    lost = 0
+    from fiftyone import ViewField as F
+
+    wanted = dataset.match(F("image_id").is_in([one["image_id"] for one in tagged]))
+    owners, lost = {sample["image_id"]: sample for sample in wanted}, 0
     for one in tagged:
         sample = owners.get(one["image_id"])
         boxes = [] if sample is None or one["source"] == "image" else sample[one["source"]].detections

@@ -19,34 +19,43 @@ from .coco_metrics import IOU_THRESHOLDS, RECALLS, RIGHT, UNCOUNTED, judge
 from .matching import check_pair, find_pairs, turns
 from .operating_point import ALL, match_detections, threshold_curves
 
-# %% ../../nbs/evaluate/45_compare.ipynb #9efbd498
-CELLS = 1 << 22  # Weights at a time
+# %% ../../nbs/evaluate/45_compare.ipynb #a12fe6c1
+CELLS = 1 << 19  # Weights at a time: what a cache holds
+
+
+def _needed(total: np.ndarray) -> np.ndarray:  # d 101, int64
+    "How many right answers each of COCO's points of recall needs in each draw."
+    total = np.maximum(total, 1)[:, None, None]
+    count = np.floor(RECALLS[:, None] * total).astype(np.int64) + np.arange(-1, 3)  # rounding may be off by one
+    return np.take_along_axis(count, (count / total >= RECALLS[:, None]).argmax(2)[..., None], 2)[..., 0]
 
 
 def _class_ap(verdict: np.ndarray, image: np.ndarray, objects: np.ndarray, draws: np.ndarray) -> np.ndarray:  # t d
     "AP of one class at each threshold in each draw; rows of `verdict` by falling score."
     weight, total = draws[:, image], draws @ objects
-    said, ap = weight.cumsum(1), np.zeros((len(verdict), len(draws)))
+    said, ap, needed = weight.cumsum(1, dtype=np.int32), np.zeros((len(verdict), len(draws))), _needed(total)
     for t, row in enumerate(verdict):
         right, excused = np.flatnonzero(row == RIGHT), np.flatnonzero(row == UNCOUNTED)
         if not len(right):
             continue
-        tp = weight[:, right].cumsum(1)
+        tp = weight[:, right].cumsum(1, dtype=np.int32)
         counted = said[:, right]
         if len(excused):
             before = np.searchsorted(excused, right)
             counted = counted - np.pad(weight[:, excused].cumsum(1), ((0, 0), (1, 0)))[:, before]
-        precision = np.maximum.accumulate((tp / np.maximum(counted, 1))[:, ::-1], axis=1)[:, ::-1]
-        precision = np.pad(precision, ((0, 0), (0, 1)))
-        for d, reached in enumerate(tp / np.maximum(total, 1)[:, None]):
-            ap[t, d] = precision[d, np.searchsorted(reached, RECALLS, side="left")].mean()
+        precision = np.zeros((len(draws), len(right) + 1))  # the last: what is never reached
+        np.divide(tp, np.maximum(counted, 1), out=precision[:, :-1])
+        place = np.stack([np.searchsorted(mine, wanted) for mine, wanted in zip(tp, needed)])
+        place += np.arange(len(draws))[:, None] * precision.shape[1]
+        best = np.maximum.reduceat(precision.ravel(), place.ravel()).reshape(place.shape)  # from point to point
+        ap[t] = np.maximum.accumulate(best[:, ::-1], 1).mean(1)
     return np.where(total > 0, ap, np.nan)
 
-# %% ../../nbs/evaluate/45_compare.ipynb #64fd1255
+# %% ../../nbs/evaluate/45_compare.ipynb #4c8f62f3
 def ap_of_draws(
     detections: Detections,
     annotations: Annotations,
-    draws: np.ndarray,  # d n: how often each image is in each draw
+    draws: np.ndarray,  # d n: how often each image is in each draw, whole numbers
     max_dets: int = 100,  # Detections that count, for each class in each image
 ) -> tuple[np.ndarray, np.ndarray]:  # AP and AP50 of each draw; nan without objects
     "AP where images count more than once, or not at all."
@@ -55,14 +64,14 @@ def ap_of_draws(
     order = np.lexsort((-detections.scores, detections.labels))
     order = order[turns(detections)[order] < max_dets]
     ap = np.full((len(annotations.class_names), len(IOU_THRESHOLDS), len(draws)), np.nan)
+    draws = np.asarray(draws).astype(np.int32)
     for label in range(len(ap)):
         rows = order[detections.labels[order] == label]
         mine = ~annotations.iscrowd & (annotations.labels == label)
-        objects = np.bincount(annotations.image_index[mine], minlength=len(annotations)).astype(float)
+        objects = np.bincount(annotations.image_index[mine], minlength=len(annotations))
         if objects.any():
-            step = max(1, CELLS // max(len(rows), 1))
-            parts = [_class_ap(verdict[:, rows], detections.image_index[rows], objects, draws[i : i + step])
-                     for i in range(0, len(draws), step)]  # fmt: skip
+            step, said = max(1, CELLS // max(len(rows), 1)), (verdict[:, rows], detections.image_index[rows])
+            parts = [_class_ap(*said, objects, draws[i : i + step]) for i in range(0, len(draws), step)]
             ap[label] = np.concatenate(parts, 1)
     known = ~np.isnan(ap[:, 0])
     mean = np.where(known, ap.mean(1), 0).sum(0), np.where(known, ap[:, 0], 0).sum(0)
@@ -95,7 +104,7 @@ def image_counts(
     lost = np.bincount(annotations.image_index[~matches.found & ~annotations.iscrowd], minlength=n)
     return np.stack([*said, lost], 1)
 
-# %% ../../nbs/evaluate/45_compare.ipynb #775287ba
+# %% ../../nbs/evaluate/45_compare.ipynb #91c1b501
 def _told(first: np.ndarray, second: np.ndarray) -> dict:
     "The first entry is the number itself, the others are draws."
     if np.isnan(first[0]) or np.isnan(second[0]):
@@ -123,8 +132,8 @@ def compare_detections(
     if draws < 1:
         raise InputError(f"at least one draw is needed, found {draws}")
     n = len(annotations)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / max(n, 1)), draws)
-    drawn = np.concatenate([np.ones((1, n)), drawn])
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(max(n, 1), 1 / max(n, 1)), draws)[:, :n]
+    drawn = np.concatenate([np.ones((1, n), np.int64), drawn])
     aps = [ap_of_draws(run, annotations, drawn, max_dets) for run in (first, second)]
     f1 = [_f1_of_draws(run, annotations, drawn, iou_threshold, max_dets) for run in (first, second)]
     columns = {"AP": (aps[0][0], aps[1][0]), "AP50": (aps[0][1], aps[1][1]), "F1": f1}

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..core import InputError, settings
 
-# %% ../../nbs/evaluate/47_database.ipynb #85daccd7
+# %% ../../nbs/evaluate/47_database.ipynb #d789b3d2
 LIBRARIES = Path(sys.prefix, "lib", "openssl11")  # Where setup puts OpenSSL 1.1
 
 
@@ -49,7 +49,8 @@ def database_problem() -> str | None:  # None: it starts
         done = subprocess.run([mongod, "--version"], env=os.environ | {"LD_LIBRARY_PATH": _library_path()}, **words)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"mongod cannot be run ({error}): {mend}"
-    return None if done.returncode == 0 else f"mongod does not start ({done.stderr.strip().splitlines()[-1]}): {mend}"
+    said = done.stderr.strip() or f"exit status {done.returncode}, perhaps a processor without AVX"  # killed: no word
+    return None if done.returncode == 0 else f"mongod does not start ({said.splitlines()[-1]}): {mend}"
 
 # %% ../../nbs/evaluate/47_database.ipynb #9e387dc5
 _held: dict[Path, Any] = {}  # Locks of this process, open until its end
@@ -79,7 +80,7 @@ def _lock(folder: Path, patience: float = 3.0) -> None:
     file.flush()
     _held[folder] = file
 
-# %% ../../nbs/evaluate/47_database.ipynb #231ea994
+# %% ../../nbs/evaluate/47_database.ipynb #59d5a079
 def open_database(
     folder: str | Path | None = None,  # Of the database; `.fiftyone` beside the runs when None
 ) -> Any:  # The module fiftyone

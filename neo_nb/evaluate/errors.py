@@ -60,16 +60,17 @@ def _best(pairs: Pairs, wanted: np.ndarray, count: int) -> tuple[np.ndarray, np.
     iou[pairs.detection[rising]], truth[pairs.detection[rising]] = pairs.iou[rising], pairs.truth[rising]
     return iou, truth
 
-# %% ../../nbs/evaluate/44_errors.ipynb #c56ea291
+# %% ../../nbs/evaluate/44_errors.ipynb #30d1eaff
 def find_errors(
     detections: Detections,
     annotations: Annotations,
     iou_threshold: float = 0.5,  # An object is found from this overlap on
     score_threshold: float = 0.0,  # Detections below it are not counted, and find nothing
-    background_iou: float = 0.1,  # Below this overlap there is nothing
+    background_iou: float | None = None,  # Below it there is nothing; None: 0.1, or half of a low iou_threshold
     max_dets: int = 100,  # Detections that count, for each class in each image
 ) -> Errors:
     "Say of every detection and every object what became of it. Raises `InputError` when the tables do not fit."
+    background_iou = min(0.1, iou_threshold / 2) if background_iou is None else background_iou
     if not 0 < background_iou < iou_threshold:
         raise InputError(f"background_iou {background_iou} must be above 0 and below iou_threshold {iou_threshold}")
     high = np.flatnonzero(detections.scores >= np.float32(score_threshold))
@@ -116,7 +117,7 @@ def _paired(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     areas = [(x[:, 2:] - x[:, :2]).prod(1) for x in (a, b)]
     return side / np.maximum(areas[0] + areas[1] - side, 1e-9)
 
-# %% ../../nbs/evaluate/44_errors.ipynb #770b421c
+# %% ../../nbs/evaluate/44_errors.ipynb #ac4a9de2
 def confusion_matrix(
     detections: Detections,
     annotations: Annotations,
@@ -169,12 +170,12 @@ def _mended(
         labels[rows], verdict[rows] = annotations.labels[errors.truth[rows]], RIGHT
     return labels, verdict.astype(np.uint8)
 
-# %% ../../nbs/evaluate/44_errors.ipynb #47192145
+# %% ../../nbs/evaluate/44_errors.ipynb #a918d2e2
 def error_costs(
     detections: Detections,
     annotations: Annotations,
     iou_threshold: float = 0.5,  # An object is found from this overlap on
-    background_iou: float = 0.1,  # Below this overlap there is nothing
+    background_iou: float | None = None,  # Below it there is nothing; None: 0.1, or half of a low iou_threshold
     max_dets: int = 100,  # Detections that count, for each class in each image
 ) -> dict[str, dict[str, float]]:  # Kind: `count` and `cost`, in AP at that IoU, 0..1
     "What each kind of error costs, over all scores."
@@ -194,4 +195,4 @@ def error_costs(
     found = np.bincount(annotations.labels[errors.found], minlength=len(objects))
     best["false negatives"] = _ap50(scores, labels, verdict, found)
     counts |= {"false positives": int((verdict == WRONG).sum()), "false negatives": int((objects - found).sum())}
-    return {name: {"count": counts[name], "cost": max(0.0, ap - now) if ap >= 0 else 0.0} for name, ap in best.items()}
+    return {name: {"count": counts[name], "cost": max(0.0, (ap if ap >= 0 else 1.0) - now)} for name, ap in best.items()}

@@ -54,7 +54,7 @@ def find_cases(
                    for i in missed],
     }  # fmt: skip
 
-# %% ../../nbs/evaluate/46b_gallery.ipynb #68a9d821
+# %% ../../nbs/evaluate/46b_gallery.ipynb #7e6acc93
 AROUND, LEAST = 3.0, 120  # Of the box's longer side; pixels of the original
 
 
@@ -69,12 +69,14 @@ def draw_case(
     "Cut out and draw one case."
     x1, y1, x2, y2 = case.box_xyxy
     reach = max(x2 - x1, y2 - y1, LEAST / AROUND) * AROUND / 2
-    cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
+    height, width = image.shape[:2]
+    cx, cy = min(max((x1 + x2) / 2, 0), width), min(max((y1 + y2) / 2, 0), height)  # labels may lie outside
     left, top = max(int(cx - reach), 0), max(int(cy - reach), 0)
     part = image[top : max(int(cy + reach), top + 1), left : max(int(cx + reach), left + 1)]
     scale = side / max(part.shape[:2])
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    part = cv2.resize(part, None, fx=scale, fy=scale, interpolation=way)
+    shape = [max(1, round(length * scale)) for length in part.shape[1::-1]]
+    part = cv2.resize(part, shape, interpolation=way)
     truth, said = annotations.select([case.image]), detections.of(case.image)
     shift = np.array([left, top] * 2, np.float32)
     moved = Annotations(truth.image_ids, truth.file_names, truth.sizes, truth.offsets,

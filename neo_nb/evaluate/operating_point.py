@@ -151,7 +151,7 @@ def _intervals(
     thresholds = np.quantile(grid[f1.argmax(1)], (0.025, 0.975), method="nearest")
     return {"F1_interval": ends.astype(float).tolist(), "threshold_interval": thresholds.tolist()}
 
-# %% ../../nbs/evaluate/42_operating_point.ipynb #ebea8f68
+# %% ../../nbs/evaluate/42_operating_point.ipynb #4d98b84a
 def f1_intervals(
     detections: Detections,
     annotations: Annotations,
@@ -162,8 +162,8 @@ def f1_intervals(
     "95 % intervals of the best F1 and of its threshold, by drawing images again."
     matches, images = match_detections(detections, annotations, iou_threshold, max_dets), len(annotations)
     curves = _curves(matches, detections, annotations)
-    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / max(images, 1)), RESAMPLES)
-    draws, result = draws.astype(np.float32), {}
+    draws = np.random.default_rng(seed).multinomial(images, np.full(max(images, 1), 1 / max(images, 1)), RESAMPLES)
+    draws, result = draws[:, :images].astype(np.float32), {}
     for label, name in enumerate((ALL, *annotations.class_names)):
         mine, objects = ~matches.ignored, ~annotations.iscrowd
         if label:

@@ -20,7 +20,7 @@ from .coco_metrics import IOU_THRESHOLDS, RIGHT, WRONG, accumulate, judge
 from .matching import Pairs, check_pair, find_pairs, turns
 from .operating_point import match_detections
 
-# %% ../../nbs/evaluate/43_slices.ipynb #33c8b900
+# %% ../../nbs/evaluate/43_slices.ipynb #5c36d533
 def slice_row(
     pairs: Pairs,  # From `find_pairs` at IoU .5
     detections: Detections,
@@ -31,8 +31,20 @@ def slice_row(
 ) -> dict[str, Any]:  # objects, AP, AP50, F1, precision, recall, TP, FP, FN; -1 with nothing to measure
     "The numbers of a part."
     verdict, counts = judge(pairs, detections, annotations, areas)
+    return _row(verdict, counts, _in_order(detections, max_dets), detections, annotations, threshold)
+
+
+def _in_order(detections: Detections, max_dets: int) -> np.ndarray:
+    "Rows of the detections that have a turn, by class, then by falling score."
     order = np.lexsort((-detections.scores, detections.labels))
-    order = order[turns(detections)[order] < max_dets]
+    return order[turns(detections)[order] < max_dets]
+
+
+def _row(
+    verdict: np.ndarray, counts: np.ndarray, order: np.ndarray, detections: Detections, annotations: Annotations,
+    threshold: float,
+) -> dict[str, Any]:  # fmt: skip
+    "The numbers of the rows in `order` and the objects that count."
     classes = np.arange(len(annotations.class_names) + 1)
     objects = np.bincount(annotations.labels[counts], minlength=len(classes) - 1)
     bounds = np.searchsorted(detections.labels[order], classes)
@@ -62,7 +74,7 @@ def of_images(
     index = number[detections.image_index[mine]]
     return replace(detections, image_index=index, num_images=int(images.sum()), **columns), annotations.select(images)
 
-# %% ../../nbs/evaluate/43_slices.ipynb #89c2413e
+# %% ../../nbs/evaluate/43_slices.ipynb #668f2637
 BUCKETS = {"tiny": (0, 16**2), "small": (16**2, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
 CROWDS = {"none": (0, 0), "1–10": (1, 10), "11–50": (11, 50), "51–150": (51, 150), "151–300": (151, 300),
           "over 300": (301, 10**9)}  # fmt: skip
@@ -89,6 +101,8 @@ def slice_metrics(
     "The numbers of every slice."
     check_pair(detections, annotations)
     pairs, rows = find_pairs(detections, annotations, IOU_THRESHOLDS[0], max_dets), {"size": {}}
+    verdict, counts = judge(pairs, detections, annotations)  # images do not know of each other: once for all of them
+    order = _in_order(detections, max_dets)
     for name, areas in BUCKETS.items():
         row = slice_row(pairs, detections, annotations, threshold, areas, max_dets)
         rows["size"] |= {name: row} if row["objects"] else {}
@@ -96,9 +110,8 @@ def slice_metrics(
         rows[kind] = {}
         for name, images in choices.items():
             if images.any():
-                part = of_images(detections, annotations, images)
-                mine = find_pairs(*part, IOU_THRESHOLDS[0], max_dets)
-                row = slice_row(mine, *part, threshold, max_dets=max_dets)
+                mine = order[images[detections.image_index[order]]]
+                row = _row(verdict, counts & images[annotations.image_index], mine, detections, annotations, threshold)
                 rows[kind][name] = {"images": int(images.sum())} | row
     return rows
 
