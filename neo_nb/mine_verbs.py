@@ -249,7 +249,6 @@ def _check(
     path: Path, threshold: float | None, similarity: float, most: float, limit: int | None, name: str | None
 ) -> None:
     "Raise `InputError` before anything starts."
-    import numpy as np
 
     if path.suffix == ".onnx":
         raise InputError("an ONNX file has no features to tell look-alikes by", path, "give the run it was made from")
