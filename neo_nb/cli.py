@@ -18,6 +18,7 @@ from .browse_verbs import compare, errors
 from .core import InputError, pick, raise_for_disk, settings
 from .data_verbs import data_check, data_fetch, data_import, data_list, data_show, data_tile
 from .flags import parse, placed
+from .logo_verbs import logo
 from .mine_verbs import mine
 from .verbs import Result, benchmark, check_port, demo, doctor, evaluate, export, near, predict, train
 
@@ -77,6 +78,7 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "train": (train, "train a detector, evaluate it, write a report"),
     "evaluate": (evaluate, "score a run, weights or an ONNX file on any data set"),
     "mine": (mine, "confident false positives into a manifest that draws them more often"),
+    "logo": (logo, "the recipe for tiny objects: larger input, tiles, mining, and what each is worth"),
     "export": (export, "write an ONNX file, and prove that it finds what the model finds"),
     "benchmark": (benchmark, "latency and throughput; --against transformers: ratios on the same weights"),
     "errors": (errors, "what went wrong, in FiftyOne; --serve opens the App, --pull brings back your tags"),

@@ -22,7 +22,7 @@ def data_list() -> Result:
     rows = []
     for name in list_datasets():
         m = load_manifest(name)
-        here = m.format == "scenes" or m.folder.is_dir()
+        here = m.drawn or m.folder.is_dir()
         rows.append({"name": name, "format": m.format, "splits": list(m.splits), "here": here, "title": m.title})
     lines = [f"{r['name']:14} {r['format']:7} {'here' if r['here'] else 'absent':7} {r['title']}" for r in rows]
     return Result("\n".join(lines), {"datasets": rows})

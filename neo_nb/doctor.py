@@ -179,7 +179,7 @@ def look_at_data() -> Finding:
             manifest = load_manifest(name)
         except InputError as error:
             return Finding("data sets", "warn", str(error))
-        (here if manifest.format == "scenes" or manifest.folder.is_dir() else absent).append(name)
+        (here if manifest.drawn or manifest.folder.is_dir() else absent).append(name)
     what = f"here: {', '.join(here) or 'none'}; absent: {', '.join(absent) or 'none'}"
     return Finding("data sets", "ok", what, "NEO_DATA names the folder where data sets lie" if absent else "")
 

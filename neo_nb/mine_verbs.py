@@ -7,8 +7,9 @@
 # %% auto #0
 __all__ = ['Ground', 'gather', 'tags_of', 'choose_from', 'cases_of', 'free_name', 'write_round', 'score_before', 'mine']
 
-# %% ../nbs/72h_mine.ipynb #c4955089
+# %% ../nbs/72h_mine.ipynb #62192bc2
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .core import InputError, settings, workspace_root
-from .verbs import Result, check_data, find_artifact, near, run_about, run_notebook
+from .verbs import Result, check_data, check_tile, find_artifact, near, run_about, run_notebook
 
 # %% ../nbs/72h_mine.ipynb #26367013
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ class Ground:
     always: np.ndarray  # n, bool: tagged hard_negative
     counts: dict[str, int]
 
-# %% ../nbs/72h_mine.ipynb #97af81e8
+# %% ../nbs/72h_mine.ipynb #d8c57d0b
 def gather(
     data: str | Path,  # A data set, or a path to a manifest
     split: str = "train",  # Split of it
@@ -49,8 +50,8 @@ def gather(
     manifest, table = load_manifest(data), load_dataset(data, split)
     own, counts = len(table), {"images of the split": len(table)}
     if images is not None:
-        there = {os.path.abspath(table.root / name) for name in table.file_names.tolist()}
-        files = [file for file in find_images([images]) if os.path.abspath(file) not in there]
+        there = {os.path.realpath(table.root / name) for name in table.file_names.tolist()}
+        files = [file for file in find_images([images]) if os.path.realpath(file) not in there]
         table = join([table, background_table(files, table)], table.name)
         counts["images of the folder"] = len(files)
     marks = {}
@@ -179,7 +180,7 @@ def write_round(
     entry.fingerprint = take_print(read_split(new, split))
     return write_manifest(new.model_copy(update={"mined": f"{name}.json"}), path)
 
-# %% ../nbs/72h_mine.ipynb #5cbf3cf3
+# %% ../nbs/72h_mine.ipynb #58c0444d
 def _sums(ground: Ground, chosen: Any, known: Any) -> tuple[list[tuple], list[Any]]:
     "Weights by image id and backgrounds, this round's and those before; what is refused now is no longer hard."
     table, ids = ground.table, ground.table.image_ids.tolist()
@@ -189,16 +190,16 @@ def _sums(ground: Ground, chosen: Any, known: Any) -> tuple[list[tuple], list[An
     images = [image for image in (known.images if known else []) if image.id not in gone]
     added = np.flatnonzero(weights[ground.own :] > 1) + ground.own
     rows = np.concatenate([np.flatnonzero(weights[: ground.own] != 1), added])
-    images += [_background(table, row) for row in added]
+    images += [_background(table, row) for row in added.tolist()]
     return [(ids[row], round(float(weights[row]), 4)) for row in rows], images
 
-# %% ../nbs/72h_mine.ipynb #a4a0ffd4
+# %% ../nbs/72h_mine.ipynb #c27d1264
 def _background(table: Any, row: int) -> Any:
     "An image of the folder, named from the setting `data` where it lies below it."
     from neo_nb.data.mined import Background
 
-    known, base = table.of(int(row)), Path(settings()["data"])
-    file = Path(os.path.abspath(known.path))
+    known, base = table.of(row), Path(settings()["data"]).resolve()
+    file = Path(os.path.realpath(known.path))
     inside = file.is_relative_to(base)
     return Background(id=known.image_id, file=str(file.relative_to(base) if inside else file), size=known.size)
 
@@ -236,7 +237,22 @@ def score_before(
         found = evaluate(detector.predict(golden).to_classes(golden.class_names), golden)
     return about | {key: round(float(found[key]), 5) for key in ("F1", "AP", "threshold")}
 
-# %% ../nbs/72h_mine.ipynb #3b0fb68d
+# %% ../nbs/72h_mine.ipynb #e286d257
+def _check(
+    path: Path, threshold: float | None, similarity: float, most: float, limit: int | None, name: str | None
+) -> None:
+    "Raise `InputError` before anything starts."
+    if path.suffix == ".onnx":
+        raise InputError("an ONNX file has no features to tell look-alikes by", path, "give the run it was made from")
+    asked = {"threshold": (threshold, 0, 1), "similarity": (similarity, -1, 1), "most": (most, 1, np.inf),
+             "limit": (limit, 1, np.inf)}  # fmt: skip
+    for key, (value, low, high) in asked.items():
+        if value is not None and not low <= value <= high:
+            raise InputError(f"{key} {value} is not in {low}..{high}", "neo mine")
+    if name is not None and (workspace_root() / "data_manifests" / f"{name}.yaml").exists():
+        raise InputError("a data set has this name", name, "pass another --name")
+
+# %% ../nbs/72h_mine.ipynb #8e1bba68
 def mine(
     run: str,  # The run (or .safetensors) whose errors are mined
     split: str = "train",  # Split that is looked through; never one that is measured on
@@ -248,6 +264,8 @@ def mine(
     limit: int | None = None,  # Errors at most, the surest; all when not given
     tags: str | None = None,  # A tags.json about the images; the run's own when not given
     name: str | None = None,  # Of the new data set; numbered when not given
+    tile: tuple[int, int] | None = None,  # (height, width) of tiles; as the run was evaluated when not given
+    overlap: float = 0.2,  # With --tile: share of a tile that its neighbour sees too
     batch_size: int = 8,  # Images at once
 ) -> Result:
     "Confident false positives into a manifest that draws them more often."
@@ -256,6 +274,8 @@ def mine(
 
     path = find_artifact(run)
     refuse_golden(split)
+    check_tile(tile, overlap)
+    _check(path, threshold, similarity, most, limit, name)
     if data:
         check_data(data, split, "val")
     if images:
@@ -263,8 +283,9 @@ def mine(
     new = run_about("mine", path, data)
     given = {"of": path, "data": data, "split": split, "images": images and Path(images).absolute()}
     given |= {"threshold": threshold, "similarity": similarity, "most": most, "limit": limit, "name": name}
+    given |= {"tile": tile, "overlap": overlap}
     run_notebook("mine", new, given | {"tags": tags and Path(tags).absolute(), "batch_size": batch_size})
     found = json.loads((new / "mine.json").read_text())
     lines = [f"{count:7,}  {what}" for what, count in found["counts"].items() if count]
-    after = f"{found['name']}; go on with: neo train --data {found['name']} --weights {near(path)}"
+    after = f"{found['name']}; go on with: neo train --data {found['name']} --weights {near(Path(found['weights']))}"
     return Result("\n".join([*lines, "", after]), found, new)

@@ -252,7 +252,7 @@ def write_report(
     curves = "".join(f"<section>{plot}</section>" for plot in plots)
     body = [
         _section("Result", _kpis(metrics) + _all_numbers(metrics), escape(_told(metrics))),
-        _section("Curves", _curves(run)),
+        _section("Curves", _curves(run), _chosen(known)),
         _section("Classes", _classes(metrics)),
         f'<div class="two">{curves}</div>' if curves else "",
         _section("Pictures", _pictures(run / "pictures"), told),
@@ -287,6 +287,14 @@ def _told(metrics: Mapping[str, Any]) -> str:
     if "images" not in metrics:
         return ""
     return f"{metrics.get('data', '')}: {metrics['images']:,} images, {metrics['boxes']:,} boxes, at most {metrics['max_dets']} detections an image and class"
+
+
+def _chosen(known: Mapping[str, Any]) -> str:
+    "Which epoch is best, and by what."
+    best = known.get("best") or {}
+    if not best.get("epoch"):
+        return ""
+    return f"best by {best['by']}: epoch {best['epoch']} of {best['of']}, {best['by']} {number_text(best['score'])}"
 
 
 def _flat(known: Mapping[str, Any]) -> dict[str, Any]:

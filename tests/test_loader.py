@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -293,3 +295,21 @@ def test_real_images_through_every_policy(policy, capsys):
             assert (low > -1e-5).all() and (high < 1 + 1e-5).all() and (targets.labels < 3).all()
     assert images == 205 == loader.counts["images"]
     print(f"{policy}: {(time.perf_counter() - start) * 1000 / images:.2f} ms an image, {loader.counts}")
+
+
+def test_two_processes_draw_the_same_scenes_at_once(tmp_path):
+    """Whoever comes second reads what the first drew, or draws the same; nobody reads a table half made."""
+    manifest = tmp_path / "drawn.yaml"
+    manifest.write_text(
+        "format: scenes\nroot: drawn\nclasses: [person, head]\nsize: [90, 160]\nsplits:\n  val: {num_images: 12}\n"
+    )
+    code = (
+        "import sys; from neo_nb.annotations import fingerprint; from neo_nb.data.manifest import load_dataset;"
+        "t = load_dataset(sys.argv[1], 'val'); assert all((t.root / f).is_file() for f in t.file_names.tolist());"
+        "print(fingerprint(t))"
+    )
+    environment = os.environ | {"NEO_DATA": str(tmp_path / "data")}
+    words = [sys.executable, "-c", code, str(manifest)]
+    both = [subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = {process.communicate(timeout=120)[0] for process in both}
+    assert all(process.returncode == 0 for process in both) and len(said) == 1

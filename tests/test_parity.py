@@ -1,6 +1,7 @@
 """Our RT-DETR against transformers' on the same weights: every level, every token, every layer."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,12 +24,12 @@ CASES = [
 ]
 
 
-def make_peer(name: str, kind: str) -> torch.nn.Module:
+def make_peer(name: str, kind: str, sampling: str = "bilinear") -> torch.nn.Module:
     "transformers' network: random weights, statistics of its own activations, disturbed."
     from transformers import RTDetrForObjectDetection, RTDetrV2ForObjectDetection
 
     torch.manual_seed(0)
-    config = peer_config(VARIANTS[name], 80, kind)
+    config = peer_config(replace(VARIANTS[name], sampling=sampling), 80, kind)
     config.freeze_backbone_batch_norms = False  # the same arithmetic in evaluation
     peer = {"rt_detr": RTDetrForObjectDetection, "rt_detr_v2": RTDetrV2ForObjectDetection}[kind](config)
     norms = [m for m in peer.modules() if isinstance(m, torch.nn.BatchNorm2d)]
@@ -74,6 +75,19 @@ def test_the_network_is_that_of_transformers(name, kind):
     for size in SIZES:
         check_size(model, peer, seen, size)
     gc.collect()
+
+
+def test_discrete_sampling_is_that_of_transformers_where_theirs_is_right():
+    """On squares: on wide inputs theirs clamps x to the height."""
+    peer = make_peer("rtdetrv2_r18", "rt_detr_v2", "discrete")
+    assert peer.config.decoder_method == "discrete"
+    model = create_model("rtdetrv2_r18", 80, blocks=3, sampling="discrete").eval()
+    result = model.load_state_dict(translate(peer.state_dict()), strict=False)
+    assert not result.missing_keys and not result.unexpected_keys
+    seen = {}
+    peer.model.encoder.register_forward_hook(lambda m, i, o: seen.update(maps=o.last_hidden_state))
+    peer.model.enc_score_head.register_forward_hook(lambda m, i, o: seen.update(scores=o))
+    check_size(model, peer, seen, (640, 640))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..annotations import Annotations, fingerprint, open_table, save_table
+from ..annotations import Annotations, fingerprint
 from ..core import InputError, atomic_write, pick, settings, workspace_root
 from .coco import read_coco
 from .dice import read_dice
@@ -29,7 +29,7 @@ from .problems import Problem, faulty_boxes, note, place, read_text
 from .voc import read_voc
 from .yolo import read_yolo
 
-# %% ../../nbs/data/15_manifest.ipynb #6c8d7951
+# %% ../../nbs/data/15_manifest.ipynb #f936d557
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -54,8 +54,8 @@ class Split(_Strict):
     annotations: str | None = None  # File or folder of annotations, from the root
     images: str | None = None  # Folder of images, from the root
     key: str | None = None  # The split's name in a YOLO data.yaml, where it differs
-    num_images: int | None = None  # Scenes: how many are drawn
-    seed: int = 0  # Scenes: which ones
+    num_images: int | None = None  # Drawn data: how many pictures
+    seed: int = 0  # Drawn data: which ones
     expected_images: int | None = None  # What its makers say it holds
     expected_boxes: int | None = None
     fingerprint: Print | None = None  # What it held here
@@ -70,9 +70,9 @@ class Archive(_Strict):
     to: str = "."  # Folder under the root that it is unpacked into
 
 
-Format = Literal["coco", "yolo", "voc", "dice", "scenes"]
+Format = Literal["coco", "yolo", "voc", "dice", "scenes", "logos"]
 
-# %% ../../nbs/data/15_manifest.ipynb #162ac705
+# %% ../../nbs/data/15_manifest.ipynb #91ddbd60
 class Manifest(_Strict):
     "A data set: where it is and what it should hold."
 
@@ -84,16 +84,23 @@ class Manifest(_Strict):
     homepage: str = ""
     classes: list[str] = Field(default_factory=list)  # In the order of training labels; empty: as the data say
     splits: dict[str, Split]
-    size: tuple[int, int] | None = None  # Scenes: (height, width)
+    size: tuple[int, int] | None = None  # Drawn data: (height, width)
+    sizes: list[tuple[int, int]] = Field(default_factory=list)  # Logos: several sizes, one drawn for each picture
+    heights: tuple[float, float] | None = None  # Logos: of the marks, from and to, pixels in a picture of 1080 lines
     archives: list[Archive] = Field(default_factory=list)
     mined: str | None = None  # JSON of mined weights and images, from the manifest's own folder
+
+    @property
+    def drawn(self) -> bool:
+        "Whether its pictures are drawn on first use, so that it is always here."
+        return self.format in ("scenes", "logos")
 
     @property
     def folder(self) -> Path:
         "The root as an absolute path."
         return Path(settings()["data"], Path(self.root).expanduser())
 
-# %% ../../nbs/data/15_manifest.ipynb #5b1efc0b
+# %% ../../nbs/data/15_manifest.ipynb #dbafc9da
 def list_datasets() -> list[str]:
     "The names that `load_dataset` knows."
     return sorted(path.stem for path in (workspace_root() / "data_manifests").glob("*.yaml"))
@@ -122,7 +129,7 @@ def load_manifest(
             f"{key}: {first['msg']}{more}", path, "the fields are in nbs/data/15_manifest.ipynb"
         ) from error
 
-# %% ../../nbs/data/15_manifest.ipynb #97c3f021
+# %% ../../nbs/data/15_manifest.ipynb #a1e31f3c
 def read_split(
     manifest: Manifest,
     split: str,  # "train", "val", …
@@ -141,6 +148,8 @@ def _as_stored(manifest: Manifest, split: str, problems: list[Problem] | None, e
     entry, name = manifest.splits[split], f"{manifest.name}/{split}"
     if manifest.format == "scenes":
         return _scenes(manifest, entry, name)
+    if manifest.format == "logos":
+        return _logos(manifest, entry, name)
     root = manifest.folder
     if not root.is_dir():
         fetch = f" or `neo data fetch {manifest.name}`" if manifest.archives else ""
@@ -163,7 +172,7 @@ _WHERE = _WHERE.rstrip(",")
 def _nothing(manifest: Manifest, name: str) -> Annotations:
     return Annotations([], [], np.zeros((0, 2)), [0], np.zeros((0, 4)), [], class_names=manifest.classes, name=name)
 
-# %% ../../nbs/data/15_manifest.ipynb #c3c1d82e
+# %% ../../nbs/data/15_manifest.ipynb #4a52dcbc
 def _scenes(manifest: Manifest, entry: Split, name: str) -> Annotations:
     "Drawn scenes, from the disk when they are there."
     from neo_nb.data.scenes import make_scenes
@@ -171,11 +180,19 @@ def _scenes(manifest: Manifest, entry: Split, name: str) -> Annotations:
     height, width = manifest.size or (360, 640)
     key = f"{height}x{width}-{entry.num_images}-{entry.seed}"
     folder = manifest.folder.with_name(f"{manifest.folder.name}-{key}")
-    if not (folder / "table" / "table.json").is_file():
-        table = make_scenes(entry.num_images or 100, (height, width), entry.seed, folder, name=name)
-        files = [os.path.relpath(table.root / file, folder) for file in table.file_names.tolist()]
-        save_table(replace(table, file_names=files, root=folder), folder / "table")
-    return replace(open_table(folder / "table"), root=folder, name=name)
+    table = make_scenes(entry.num_images or 100, (height, width), entry.seed, folder, name=name)
+    files = [f"images/{Path(file).name}" for file in table.file_names.tolist()]
+    return replace(table, file_names=np.array(files), root=folder)
+
+
+def _logos(manifest: Manifest, entry: Split, name: str) -> Annotations:
+    "Drawn logos, from the disk when they are there."
+    from neo_nb.data.logos import HEIGHTS, make_logos
+
+    sizes, heights = manifest.sizes or [manifest.size or (540, 960)], manifest.heights or HEIGHTS
+    key = f"{'_'.join(f'{h}x{w}' for h, w in sizes)}-{entry.num_images}-{entry.seed}-{heights[0]:g}-{heights[1]:g}"
+    folder = manifest.folder.with_name(f"{manifest.folder.name}-{key}")
+    return make_logos(entry.num_images or 100, sizes, entry.seed, folder, name, heights)
 
 # %% ../../nbs/data/15_manifest.ipynb #fcc5a73f
 def take_print(

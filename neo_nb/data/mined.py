@@ -100,7 +100,7 @@ def read_mined(path: str | Path) -> Mined:
             f"not a file of mining ({key + ': ' if key else ''}{first['msg']})", path, "mine again"
         ) from error
 
-# %% ../../nbs/data/14d_mined.ipynb #d682f783
+# %% ../../nbs/data/14d_mined.ipynb #24e67ae2
 def background_table(
     files: Sequence[str | Path],  # Images without objects
     like: Annotations,  # The table they shall join: classes, kind of ids, root
@@ -114,8 +114,8 @@ def background_table(
         ]
     else:
         ids = (np.arange(len(files)) + 1 + (int(like.image_ids.max()) if len(like) else 0)).tolist()
-    root = os.path.abspath(like.root)
-    names = [os.path.relpath(os.path.abspath(file), root) for file in files]
+    root = os.path.realpath(like.root)
+    names = [os.path.relpath(os.path.realpath(file), root) for file in files]
     sizes = np.array([_size(Path(file)) for file in files]).reshape(-1, 2)
     nothing = {"offsets": [0] * (len(files) + 1), "boxes_xyxy": np.zeros((0, 4)), "labels": []}
     ids = np.array(ids, like.image_ids.dtype.kind if like.image_ids.dtype.kind == "U" else np.int64)
@@ -135,7 +135,7 @@ def _size(path: Path) -> tuple[int, int]:
         raise InputError(f"not a readable image ({error})", path, "leave it out") from error
     return (width, height) if turned else (height, width)
 
-# %% ../../nbs/data/14d_mined.ipynb #48281931
+# %% ../../nbs/data/14d_mined.ipynb #2632d566
 def apply_mined(
     table: Annotations,  # The split that was mined, without weights
     mined: Mined,
@@ -144,8 +144,8 @@ def apply_mined(
     if mined.images:
         files = [Path(settings()["data"], image.file) for image in mined.images]
         ids, sizes = [image.id for image in mined.images], [image.size for image in mined.images]
-        root = os.path.abspath(table.root)
-        names = [os.path.relpath(file, root) for file in files]
+        root = os.path.realpath(table.root)
+        names = [os.path.relpath(os.path.realpath(file), root) for file in files]
         empty = table.select([])
         more = replace(empty, image_ids=ids, file_names=names, sizes=sizes, offsets=[0] * (len(ids) + 1),
                        tags=None, weights=None)  # fmt: skip

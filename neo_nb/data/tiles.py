@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'LARGE', 'tile_grid', 'Tiled', 'tile_id', 'whole_of', 'tile_table', 'Regions', 'make_tiles', 'save_tiled']
 
-# %% ../../nbs/data/18c_tiles.ipynb #4da1dc28
+# %% ../../nbs/data/18c_tiles.ipynb #97a12d1f
 import json
 import re
 import shutil
@@ -24,6 +24,7 @@ from ..core import InputError, atomic_write, settings
 from .coco import write_coco
 from .loader import read_image
 from .manifest import Manifest, Split, read_split, take_print, write_manifest
+from .mined import read_mined, write_mined
 from ..draw import save_image
 
 # %% ../../nbs/data/18c_tiles.ipynb #5cad6c13
@@ -259,7 +260,18 @@ def make_tiles(
         path.write_text(json.dumps({"asked": wanted, "said": said.__dict__}))
     return table, said
 
-# %% ../../nbs/data/18c_tiles.ipynb #95056dd9
+# %% ../../nbs/data/18c_tiles.ipynb #d3ff2126
+def _keep_weights(made: Manifest, manifest: Manifest, heavy: dict[str, np.ndarray], target: Path) -> str:
+    "Write the tiles' weights, those of their pictures, beside the new manifest; the rounds of mining stay known."
+    if not manifest.mined or len(heavy) > 1:
+        raise InputError(f"weights of {' and '.join(heavy)} that no round of mining gave", manifest.name)
+    (split, weights), known = next(iter(heavy.items())), read_mined(manifest.mined)
+    ids = read_split(made, split).image_ids.tolist()
+    pairs = [(one, round(float(weight), 4)) for one, weight in zip(ids, weights) if weight != 1]
+    tiled = known.model_copy(update={"weights": pairs, "images": [], "negatives": []})
+    return str(write_mined(tiled, target.with_suffix(".json")))
+
+# %% ../../nbs/data/18c_tiles.ipynb #a21e65b4
 def save_tiled(
     tables: dict[str, Annotations],  # By split
     manifest: Manifest,  # Of the data set they are from
@@ -269,7 +281,7 @@ def save_tiled(
     rule: dict[str, float | int],  # For the split `train`: empty, small_repeat, min_kept
 ) -> dict[str, dict]:  # What became of boxes and tiles, by split
     "Cut splits and write them with a manifest."
-    name, said, splits = Path(target).stem, {}, {}
+    name, said, splits, drawn = Path(target).stem, {}, {}, {}
     root = Path(settings()["data"]) / name
     for split, table in tables.items():
         mine = rule if split == "train" else {"empty": 1e9}
@@ -277,12 +289,15 @@ def save_tiled(
         in_root = replace(cut, root=root, file_names=np.array([f"{split}/{file}" for file in cut.file_names]))
         write_coco(in_root, root / f"{split}.json")
         splits[split], said[split] = Split(annotations=f"{split}.json", images="."), one.__dict__
+        drawn[split] = cut.weights
     title = f"{manifest.title or manifest.name}, in tiles of {tile[0]} x {tile[1]}"
     classes = list(next(iter(tables.values())).class_names)
     made = Manifest(
         name=name, title=title, format="coco", root=name, licence=manifest.licence, classes=classes, splits=splits
     )
+    heavy = {split: weights for split, weights in drawn.items() if (weights != 1).any()}
+    mined = {"mined": _keep_weights(made, manifest, heavy, Path(target))} if heavy else {}
     for split in splits:
-        made.splits[split].fingerprint = take_print(read_split(made, split))
-    write_manifest(made, target)
+        made.splits[split].fingerprint = take_print(read_split(made.model_copy(update=mined), split))
+    write_manifest(made.model_copy(update={key: Path(file).name for key, file in mined.items()}), target)
     return said

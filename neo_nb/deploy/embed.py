@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['pooled', 'embed_boxes', 'embed_images']
 
-# %% ../../nbs/deploy/66_embed.ipynb #83075969
+# %% ../../nbs/deploy/66_embed.ipynb #3d9d6649
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,15 @@ from torchvision.ops import roi_align
 from ..annotations import Annotations
 from ..core import InputError
 from ..data.batch import Batch, pad_to
-from ..data.loader import make_loader
+from ..data.tiles import Regions
+from ..data.transforms import prepare
 from .artifact import Artifact
 from ..detections import Detections
 
-# %% ../../nbs/deploy/66_embed.ipynb #ab7862da
+# %% ../../nbs/deploy/66_embed.ipynb #07e52aed
 def _network(detector: Artifact) -> torch.nn.Module:
     "The torch network behind an artifact."
-    network = getattr(detector, "network", None)
+    network = getattr(getattr(detector, "inner", detector), "network", None)
     if not all(hasattr(network, part) for part in ("backbone", "encoder", "normalise")):
         what = f"an artifact of kind {detector.kind} gives boxes and no features"
         raise InputError(what, detector.record.get("model"), "use the run it was exported from, or its .safetensors")
@@ -58,35 +59,57 @@ def pooled(
         levels.append(F.normalize(means, dim=1))
     return F.normalize(torch.cat(levels, 1), dim=1)
 
-# %% ../../nbs/deploy/66_embed.ipynb #8b50493f
+# %% ../../nbs/deploy/66_embed.ipynb #f43e3218
+def _views(
+    detector: Artifact, annotations: Annotations, boxes: np.ndarray, offsets: np.ndarray
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    "Image, window (xyxy) and the rows of the boxes that are looked at in it."
+    views = []
+    for row in np.flatnonzero(np.diff(offsets)).tolist():
+        height, width = (int(side) for side in annotations.sizes[row])
+        whole = np.array([[0, 0, width, height]])
+        windows = detector.windows((height, width)) if hasattr(detector, "windows") else whole
+        mine = boxes[offsets[row] : offsets[row + 1], None]
+        sides = np.minimum(mine[..., 2:], windows[:, 2:]) - np.maximum(mine[..., :2], windows[:, :2])
+        inside = sides.clip(0).prod(-1)
+        off = np.abs(mine[..., :2] + mine[..., 2:] - windows[:, :2] - windows[:, 2:]).max(-1) / 2
+        far = off / (windows[:, 2:] - windows[:, :2]).max(1)
+        best = np.lexsort((far, -inside.round(1)), axis=1)[:, 0]
+        views += [(row, windows[w], offsets[row] + np.flatnonzero(best == w)) for w in np.unique(best)]
+    return views
+
+# %% ../../nbs/deploy/66_embed.ipynb #f55cf264
 @torch.inference_mode()
 def _embed(
     detector: Artifact, annotations: Annotations, boxes: np.ndarray, offsets: np.ndarray, batch_size: int
 ) -> np.ndarray:
     "Vectors of boxes that are sorted by image: image i has rows offsets[i]:offsets[i + 1]."
     network = _network(detector)
-    wanted = np.flatnonzero(np.diff(offsets))
     vectors = np.zeros((len(boxes), _width(network)), np.float32)
-    table = annotations.select_boxes(np.zeros(len(annotations.labels), bool)).select(wanted)
-    divisor = detector.divisor
-    loader = make_loader(table, size=detector.size, divisor=divisor, batch_size=batch_size, quiet=True)
-    for batch in loader if len(wanted) else ():
+    views, regions, at = _views(detector, annotations, boxes, offsets), None, -1
+    for start in range(0, len(views), batch_size):
+        some, parts = views[start : start + batch_size], []
+        for row, window, _ in some:
+            if row != at:
+                known = annotations.of(row)
+                regions, at = Regions(known.path, known.size), row
+            parts.append(regions.read(window))
+        batch = prepare(parts, detector.size, detector.divisor)
         groups: dict[tuple[int, int], list[int]] = {}
-        for row, size in enumerate(batch.sizes.tolist()):
-            groups.setdefault(pad_to(tuple(size), divisor), []).append(row)
-        for canvas, rows in groups.items():
-            images = wanted[batch.image_index[rows].numpy()]
-            parts = [np.arange(offsets[i], offsets[i + 1]) for i in images]
-            scale = (batch.sizes[rows] / batch.original_sizes[rows]).flip(-1).numpy()
-            where = np.repeat(np.arange(len(rows)), [len(part) for part in parts])
-            which = np.concatenate(parts)
-            corners = boxes[which] * np.tile(scale, 2)[where]
+        for number, size in enumerate(batch.sizes.tolist()):
+            groups.setdefault(pad_to(tuple(size), detector.divisor), []).append(number)
+        for canvas, numbers in groups.items():
+            which = np.concatenate([some[number][2] for number in numbers])
+            where = np.repeat(np.arange(len(numbers)), [len(some[number][2]) for number in numbers])
+            shift = np.array([some[number][1][:2] for number in numbers], np.float32)
+            scale = (batch.sizes[numbers] / batch.original_sizes[numbers]).flip(-1).numpy()
+            corners = (boxes[which] - np.tile(shift, 2)[where]) * np.tile(scale, 2)[where]
             rois = torch.from_numpy(np.concatenate([where[:, None], corners], 1).astype(np.float32))
-            maps = _maps(network, batch, rows, canvas)
+            maps = _maps(network, batch, numbers, canvas)
             vectors[which] = pooled(maps, rois.to(maps[0].device), canvas).cpu().numpy()
     return vectors
 
-
+# %% ../../nbs/deploy/66_embed.ipynb #1a591b7a
 def _width(network: torch.nn.Module) -> int:
     "The length of a vector."
     return network.config.encoder_channels * sum(stride <= 32 for stride in network.config.strides)

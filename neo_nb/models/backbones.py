@@ -6,10 +6,10 @@
 
 # %% auto #0
 __all__ = ['RESNETS', 'BasicBlock', 'Bottleneck', 'make_shortcut', 'ResNetVd', 'TimmBackbone', 'freeze', 'freeze_norms',
-           'make_backbone']
+           'make_backbone', 'hold']
 
 # %% ../../nbs/models/31_backbones.ipynb #ccf2bec4
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -174,3 +174,17 @@ def make_backbone(
     if freeze_bn:
         freeze_norms(backbone)
     return backbone
+
+# %% ../../nbs/models/31_backbones.ipynb #1f77bd09
+def hold(module: nn.Module) -> Callable[[], None]:  # Lets it go again
+    "Take a module out of training until the function that is returned is called."
+    moving, own = [p for p in module.parameters() if p.requires_grad], module.__dict__.get("train")
+    freeze(module)
+
+    def release() -> None:
+        for parameter in moving:
+            parameter.requires_grad_(True)
+        module.__dict__.pop("train")
+        module.__dict__.update({"train": own} if own else {})
+
+    return release

@@ -112,9 +112,10 @@ def _config(record: dict) -> RTDETRConfig:
 
 
 def _inside(path: str | Path) -> Path:
-    "The file of weights in a folder of ours; anything else as it is."
-    inner = Path(path) / "model.safetensors"
-    return inner if inner.is_file() and not is_foreign(inner) else Path(path)
+    "The file of weights in a folder of ours, the best ones of a run; anything else as it is."
+    names = ("model.safetensors", "weights/best.safetensors", "weights/last.safetensors")
+    inner = (Path(path) / name for name in names)
+    return next((file for file in inner if file.is_file() and not is_foreign(file)), Path(path))
 
 
 def is_foreign(path: str | Path) -> bool:
@@ -194,7 +195,7 @@ CLASS_HEADS = ("decoder.enc_score.", "decoder.score.", "decoder.denoising_class.
 @torch.no_grad()
 def load_weights(
     model: RTDETR,  # Changed in place
-    path: str | Path,  # A file of `save_weights`, or anything that `read_foreign` opens
+    path: str | Path,  # A run's folder, a file of `save_weights`, or anything that `read_foreign` opens
 ) -> WeightsReport:
     "Take over the weights that fit; raises `InputError` when not one does."
     path = _inside(path)

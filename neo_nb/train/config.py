@@ -26,7 +26,8 @@ class ModelSettings(BaseModel):
     backbone: str | None = Field(None, description="another backbone, such as timm/convnext_tiny")
     pretrained: bool = Field(False, description="timm's weights for a timm backbone")
     freeze_norms: bool = Field(False, description="keep all batch norms fixed: for fine-tuning with tiny batches")
-    weights: str | None = Field(None, description="start from this file's weights (classes may differ)")
+    freeze_epochs: int = Field(0, ge=0, description="first epochs with the backbone fixed, its statistics too")
+    weights: str | None = Field(None, description="start from the weights of a run or a file (classes may differ)")
     size: tuple[int, int] | None = Field(
         None, description="(height, width) of the content, pixels; None: from the data"
     )

@@ -27,7 +27,7 @@ from ..data.batch import Batch, check_size
 from ..data.loader import Loader, make_loader
 from ..data.transforms import size_for
 from ..losses.criterion import Criterion
-from ..models.backbones import freeze_norms
+from ..models.backbones import freeze_norms, hold
 from ..models.rtdetr import RTDETR
 from ..models.weights import load_weights
 from ..models.zoo import create_model
@@ -79,6 +79,7 @@ class Loop:
         model = self.model.to(self.accelerator.device)
         self.optimizer = make_optimizer(model, config)
         self.ema = Ema(model, config.ema, config.ema_warmup * self.total)
+        self._release = hold(model.backbone) if config.freeze_epochs else None  # after the groups are made of it
         self.wrapped = self.accelerator.prepare_model(model)
         self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
 
@@ -225,6 +226,24 @@ def _broken(self: Loop, reason: str, batch: Batch) -> NoReturn:
 
 Loop.update, Loop._loss, Loop._broken = update, _loss, _broken
 
+# %% ../../nbs/train/54_loop.ipynb #c95b7885
+def _hold_backbone(self: Loop) -> None:
+    "Hold the backbone in the first epochs, let it go afterwards."
+    held = self.position["epoch"] < self.config.freeze_epochs
+    if held == (self._release is not None):
+        return
+    if held:
+        self._release = hold(self.model.backbone)
+    else:
+        self._release()
+        self._release = None
+    if self.accelerator.num_processes > 1:
+        whole = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.wrapped = self.accelerator.prepare_model(whole)
+
+
+Loop._hold_backbone = _hold_backbone
+
 # %% ../../nbs/train/54_loop.ipynb #165cbf51
 def epoch(
     self: Loop,
@@ -236,6 +255,7 @@ def epoch(
     at = self.position
     if self._stage != self._stage_of(at["epoch"]):
         self.loader, self._stage = self._train_loader(at["epoch"]), self._stage_of(at["epoch"])
+    self._hold_backbone()
     self.wrapped.train()
     while at["part"] < self.config.repeat:
         self.loader.set_epoch(at["epoch"] * self.config.repeat + at["part"], at["batch"])

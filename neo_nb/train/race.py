@@ -105,6 +105,9 @@ class Racer(Trainer):
             if at["step"] >= KNOWN:
                 self._plan((spent - start) / (at["step"] - FIRST), total - spent)
             at["epoch"] = min(int(spent / total * self.config.epochs), self.config.epochs - 1)
+            if self._release and at["epoch"] >= self.config.freeze_epochs:
+                self._hold_backbone()
+                self.wrapped.train()
             if self._stage != self._stage_of(at["epoch"]):
                 self.loader, self._stage = self._train_loader(at["epoch"]), self._stage_of(at["epoch"])
             if spent >= total * (len(rows) + 1) / evaluations:
