@@ -157,7 +157,7 @@ def _gather(
     np.add.at(weight, owner, scores[some])
     return result / np.maximum(weight, 1e-12)[:, None]
 
-# %% ../../nbs/data/18d_merge.ipynb #71a1bc67
+# %% ../../nbs/data/18d_merge.ipynb #fe9462ed
 def merge_tiles(
     found: Detections,  # Of one picture, from `to_whole`
     frames: np.ndarray,  # m 4: the window that cut a box, NaN for whole ones
@@ -173,10 +173,11 @@ def merge_tiles(
     cut = ~np.isnan(frames[:, 0])
     parts = np.flatnonzero(cut)
     parts = parts[~_part_of(columns[0], columns[2], cut, part_share)]
-    whole = _same(*(column[~cut] for column in columns), method, iou_threshold)
     joined = tuple(column[parts] for column in columns)
     if len(parts):
         links = _links(joined[0], joined[2], frames[parts].astype(np.float64), agree, part_share)
         joined = _join(*joined, links)
-    boxes, scores, labels = (np.concatenate(pair) for pair in zip(whole, joined))
+    # joined ones among the whole: what a detector says twice in one tile is one object too
+    all_of_them = (np.concatenate([column[~cut], part]) for column, part in zip(columns, joined))
+    boxes, scores, labels = _same(*all_of_them, method, iou_threshold)
     return Detections(np.zeros(len(scores), np.int64), boxes, scores, labels, found.num_images, found.class_names)
