@@ -258,7 +258,7 @@ def mine(
     path = find_artifact(run)
     refuse_golden(split)
     if data:
-        check_data(data, split, "val")
+        data = check_data(data, split, "val")
     if images:
         find_images([images])
     new = run_about("mine", path, data)
