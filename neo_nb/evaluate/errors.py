@@ -195,4 +195,6 @@ def error_costs(
     found = np.bincount(annotations.labels[errors.found], minlength=len(objects))
     best["false negatives"] = _ap50(scores, labels, verdict, found)
     counts |= {"false positives": int((verdict == WRONG).sum()), "false negatives": int((objects - found).sum())}
-    return {name: {"count": counts[name], "cost": max(0.0, (ap if ap >= 0 else 1.0) - now)} for name, ap in best.items()}
+    return {
+        name: {"count": counts[name], "cost": max(0.0, (ap if ap >= 0 else 1.0) - now)} for name, ap in best.items()
+    }
