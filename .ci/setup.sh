@@ -12,7 +12,7 @@ flock 9 2>/dev/null || true # two at once wait for each other
 trap 'rm -f .venv.lock' EXIT
 
 wanted=$(cat pyproject.toml constraints.txt .ci/setup.sh .ci/database.py | sha256sum | cut -c1-16)
-if [ -x .venv/bin/python ] && [ "$(cat .venv/made-from 2>/dev/null)" = "$wanted" ]; then
+if [ -x .venv/bin/python ] && [ ! -e .venv/unfinished ] && [ "$(cat .venv/made-from 2>/dev/null)" = "$wanted" ]; then
   exit 0
 fi
 

@@ -1214,6 +1214,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'neo_nb.train.trainer.train': ('train/trainer.html#train', 'neo_nb/train/trainer.py'),
                                       'neo_nb.train.trainer.write_csv': ('train/trainer.html#write_csv', 'neo_nb/train/trainer.py')},
             'neo_nb.verbs': { 'neo_nb.verbs.Result': ('verbs.html#result', 'neo_nb/verbs.py'),
+                              'neo_nb.verbs._about': ('verbs.html#_about', 'neo_nb/verbs.py'),
+                              'neo_nb.verbs._data_of': ('verbs.html#_data_of', 'neo_nb/verbs.py'),
                               'neo_nb.verbs.benchmark': ('verbs.html#benchmark', 'neo_nb/verbs.py'),
                               'neo_nb.verbs.check_data': ('verbs.html#check_data', 'neo_nb/verbs.py'),
                               'neo_nb.verbs.check_port': ('verbs.html#check_port', 'neo_nb/verbs.py'),

@@ -397,7 +397,7 @@ def logo(
         given = read_record(run).get("parameters", {})
         return _found(run_notebook("logo", run, {k: v for k, v in given.items() if k != "run"}, new=False))
     choose_steps(steps)
-    check_data(data, "train", "val", golden)
+    data = check_data(data, "train", "val", golden)
     if minutes <= 0 or not seeds:
         raise InputError(f"expected minutes > 0 and a seed or more, found {minutes} and {seeds}", "neo logo")
     given = {"data": data, "minutes": minutes, "seeds": seeds, "steps": steps or tuple(STEPS), "size": size}

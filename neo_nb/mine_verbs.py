@@ -285,7 +285,7 @@ def mine(
     check_tile(tile, overlap)
     _check(path, threshold, similarity, most, limit, name)
     if data:
-        check_data(data, split, "val")
+        data = check_data(data, split, "val")
     if images:
         find_images([images])
     new = run_about("mine", path, data)

@@ -8,7 +8,7 @@
 __all__ = ['DEMO', 'Result', 'near', 'check_data', 'run_notebook', 'find_artifact', 'start_from', 'run_about', 'check_tile',
            'check_port', 'train', 'evaluate', 'export', 'benchmark', 'predict', 'demo', 'doctor']
 
-# %% ../nbs/72e_verbs.ipynb #d83ec9f4
+# %% ../nbs/72e_verbs.ipynb #7e69c695
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .core import InputError, pick
+from .core import InputError, pick, workspace_root
 from .flags import given, parse, training_flags
 
 # %% ../nbs/72e_verbs.ipynb #004c039c
@@ -35,14 +35,19 @@ def near(path: Path) -> str:
     with_dots = os.path.relpath(path)
     return str(path) if with_dots.startswith("..") else with_dots
 
-# %% ../nbs/72e_verbs.ipynb #155adf8a
-def check_data(name: str, *splits: str) -> None:
+# %% ../nbs/72e_verbs.ipynb #78227c6b
+def check_data(name: str, *splits: str) -> str:  # The name; a YAML's path as notebooks find it, from the workspace
     "Raise `InputError` before anything starts when there is no such data set or split."
     from neo_nb.data.manifest import load_manifest
 
     manifest = load_manifest(name)
     for split in splits:
         pick(split, manifest.splits, f"split of {name}")
+    path = Path(name).absolute()
+    if not (path.is_file() and name.endswith((".yaml", ".yml"))):
+        return name
+    root = workspace_root()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def run_notebook(name: str, run: Path, parameters: Mapping[str, Any], new: bool = True) -> Result:
@@ -57,7 +62,7 @@ def run_notebook(name: str, run: Path, parameters: Mapping[str, Any], new: bool 
     metrics = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").exists() else {}
     return Result(results_text(metrics), metrics, run)
 
-# %% ../nbs/72e_verbs.ipynb #780a914e
+# %% ../nbs/72e_verbs.ipynb #0dae9984
 def find_artifact(name: str) -> Path:
     "A file, or a run."
     from neo_nb.runs import open_run
@@ -78,11 +83,24 @@ def start_from(name: str) -> str:
     return name if "/" in name and not there and not name.startswith(("/", ".")) else str(find_artifact(name))
 
 
+def _about(artifact: Path) -> dict:
+    "The record of the run that an artifact lies in; empty outside of runs."
+    from neo_nb.runs import read_record
+
+    return next(filter(None, map(read_record, [artifact, *artifact.parents[:2]])), {})
+
+
+def _data_of(artifact: Path, data: str | None, split: str) -> str | None:
+    "The data set that was asked for, or that of the artifact's own run; None when nobody says."
+    data = data or _about(artifact).get("data", {}).get("name")
+    return check_data(data, split) if data else None
+
+
 def run_about(kind: str, artifact: Path, data: str | None) -> Path:
     "A run about an artifact; what it was trained on and its model as its own run says."
-    from neo_nb.runs import new_run, read_record
+    from neo_nb.runs import new_run
 
-    known = next(filter(None, map(read_record, [artifact, *artifact.parents[:2]])), {})
+    known = _about(artifact)
     own, config = known.get("data", {}).get("name", "own"), known.get("config", {})
     model = config.get("model") or artifact.stem
     return new_run(data=Path(data or own).stem, model=model, kind=kind)
@@ -117,7 +135,7 @@ def check_port(
             free = other.getsockname()[1]
             raise InputError(f"port {port} is in use ({error.strerror})", host, f"pass --port {free}") from error
 
-# %% ../nbs/72e_verbs.ipynb #83b26f8d
+# %% ../nbs/72e_verbs.ipynb #a266aa99
 def train(args: Sequence[str]) -> Result:
     "Train a detector, evaluate it, write a report."
     from neo_nb.runs import new_run, open_run, read_record
@@ -133,13 +151,13 @@ def train(args: Sequence[str]) -> Result:
         run = open_run(flags["resume"])
         parameters = read_record(run).get("parameters", {}) | chosen | {"resume": True}
         return run_notebook("train", run, parameters, new=False)
-    check_data(flags["data"], "train", "val")
+    data = check_data(flags["data"], "train", "val")
     get_target(flags["target"])
     config = make_config(**chosen)
-    run = new_run(data=Path(flags["data"]).stem, model=config.model)
-    return run_notebook("train", run, chosen | {"data": flags["data"], "target": flags["target"]})
+    run = new_run(data=Path(data).stem, model=config.model)
+    return run_notebook("train", run, chosen | {"data": data, "target": flags["target"]})
 
-# %% ../nbs/72e_verbs.ipynb #2a91d3d4
+# %% ../nbs/72e_verbs.ipynb #c002534c
 def evaluate(
     artifact: str,  # A run, a .safetensors, an .onnx, a transformers folder or a published .pth
     data: str | None = None,  # Data set; the one it was trained on when not given
@@ -151,15 +169,14 @@ def evaluate(
 ) -> Result:
     "Score anything that detects on any data set."
     path = find_artifact(artifact)
-    if data:
-        check_data(data, split)
+    data = _data_of(path, data, split)
     check_tile(tile, overlap)
     run = run_about("evaluate", path, data)
     parameters = {"artifact": path, "data": data, "split": split, "max_dets": max_dets, "batch_size": batch_size}
     parameters |= {"tile": tile, "overlap": overlap}
     return run_notebook("evaluate", run, parameters)
 
-# %% ../nbs/72e_verbs.ipynb #2e2e0081
+# %% ../nbs/72e_verbs.ipynb #7372f8ec
 def export(
     artifact: str,  # A run or a .safetensors
     batch: str = "1",  # Images a call: a number, or "dynamic"
@@ -172,6 +189,7 @@ def export(
     path = find_artifact(artifact)
     if batch != "dynamic" and not (batch.isdigit() and int(batch) > 0):
         raise InputError(f"batch is a number above 0 or dynamic, found {batch!r}", "neo export")
+    data = _data_of(path, data, split)
     run = run_about("export", path, data)
     given = {"artifact": path, "batch": batch, "size": size, "opset": opset, "data": data, "split": split}
     return run_notebook("export", run, given)
@@ -225,7 +243,7 @@ def predict(
     text = f"{len(files)} pictures, {sum(found['counts'].values())} boxes above {found['threshold']:.2f}: {counts or 'none'}"
     return Result(text, found, run)
 
-# %% ../nbs/72e_verbs.ipynb #a0906566
+# %% ../nbs/72e_verbs.ipynb #cc186790
 DEMO = {"epochs": 8, "repeat": 2, "max_minutes": 8.0}  # minutes, not hours: enough to see that it learns
 
 
@@ -238,7 +256,7 @@ def demo(
     from neo_nb.results import results_text
     from neo_nb.runs import execute, new_run
 
-    check_data(data, "train", "val")
+    data = check_data(data, "train", "val")
     run = new_run(data=Path(data).stem, model="rtdetr_nano", kind="demo")
     executed = execute("train", run, DEMO | {"data": data, "target": "cpu", "seed": seed})
     execute("export", run, {"artifact": run, "data": data}, new=False)

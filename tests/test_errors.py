@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 from test_metrics import make
 
+from neo_nb.data.manifest import load_manifest
 from neo_nb.detections import Detections
 from neo_nb.evaluate.coco_metrics import coco_metrics
 from neo_nb.evaluate.compare import compare_detections
 from neo_nb.evaluate.errors import KINDS, confusion_matrix, error_costs, find_errors
 from neo_nb.evaluate.operating_point import ALL, evaluate, match_detections, threshold_curves
 from neo_nb.evaluate.slices import BUCKETS, of_images, slice_metrics
+from neo_nb.runs import record
+from neo_nb.verbs import _data_of, check_data
 
 
 def iou(a, b) -> float:
@@ -131,3 +134,19 @@ def test_what_lies_at_the_edges_of_a_metric():
     assert error_costs(nothing, table)["missed"]["cost"] == 1
     none = table.select([]), Detections([], [], [], [], 0, table.class_names)
     assert evaluate(none[1], none[0])["AP"] == compare_detections(none[1], none[1], none[0])["AP"]["first"] == -1
+
+
+def test_a_data_set_by_path_is_found_again(tmp_path, monkeypatch):
+    """A YAML below the workspace, named from its own folder: checked, written down, and found from anywhere."""
+    for folder in ("data_manifests", "sub", "reports/0001-train-mine-x/weights"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
+    (tmp_path / "sub" / "mine.yaml").write_text("format: scenes\nroot: drawn\nsplits:\n  val: {num_images: 1}\n")
+    monkeypatch.chdir(tmp_path / "sub")
+    assert check_data("mine.yaml", "val") == "sub/mine.yaml"
+    run = tmp_path / "reports" / "0001-train-mine-x"
+    record(run, data={"name": "sub/mine.yaml"})
+    for folder in (tmp_path, tmp_path / "sub"):
+        monkeypatch.chdir(folder)
+        assert _data_of(run / "weights" / "best.safetensors", None, "val") == "sub/mine.yaml"
+        assert load_manifest("sub/mine.yaml").name == "mine"

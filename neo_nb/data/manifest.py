@@ -8,7 +8,7 @@
 __all__ = ['Format', 'log', 'Print', 'Split', 'Archive', 'Manifest', 'list_datasets', 'load_manifest', 'read_split', 'take_print',
            'differences', 'load_dataset', 'changes_of', 'faults_line', 'write_manifest']
 
-# %% ../../nbs/data/15_manifest.ipynb #2dd80c4f
+# %% ../../nbs/data/15_manifest.ipynb #abe10f27
 import hashlib
 import logging
 import os
@@ -100,7 +100,7 @@ class Manifest(_Strict):
         "The root as an absolute path."
         return Path(settings()["data"], Path(self.root).expanduser())
 
-# %% ../../nbs/data/15_manifest.ipynb #dbafc9da
+# %% ../../nbs/data/15_manifest.ipynb #6d1a3deb
 def list_datasets() -> list[str]:
     "The names that `load_dataset` knows."
     return sorted(path.stem for path in (workspace_root() / "data_manifests").glob("*.yaml"))
@@ -113,6 +113,8 @@ def load_manifest(
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = workspace_root() / "data_manifests" / f"{pick(str(name), list_datasets(), 'dataset')}.yaml"
+    elif not path.is_file() and (workspace_root() / path).is_file():
+        path = workspace_root() / path  # as a run wrote it down, read from another folder
     try:
         content = yaml.safe_load(read_text(path) or "")
         manifest = Manifest.model_validate((content if isinstance(content, dict) else {}) | {"name": path.stem})
