@@ -604,6 +604,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'neo_nb.evaluate.database._lock': ('evaluate/database.html#_lock', 'neo_nb/evaluate/database.py'),
                                           'neo_nb.evaluate.database._mongod': ( 'evaluate/database.html#_mongod',
                                                                                 'neo_nb/evaluate/database.py'),
+                                          'neo_nb.evaluate.database._wake': ('evaluate/database.html#_wake', 'neo_nb/evaluate/database.py'),
                                           'neo_nb.evaluate.database.database_problem': ( 'evaluate/database.html#database_problem',
                                                                                          'neo_nb/evaluate/database.py'),
                                           'neo_nb.evaluate.database.open_database': ( 'evaluate/database.html#open_database',

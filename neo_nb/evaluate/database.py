@@ -80,7 +80,7 @@ def _lock(folder: Path, patience: float = 3.0) -> None:
     file.flush()
     _held[folder] = file
 
-# %% ../../nbs/evaluate/47_database.ipynb #59d5a079
+# %% ../../nbs/evaluate/47_database.ipynb #1682790d
 def open_database(
     folder: str | Path | None = None,  # Of the database; `.fiftyone` beside the runs when None
 ) -> Any:  # The module fiftyone
@@ -101,9 +101,19 @@ def open_database(
     if not os.environ.get("FIFTYONE_DATABASE_URI") and Path(fiftyone.config.database_dir) != home:
         what = f"FiftyOne is open on {fiftyone.config.database_dir} in this process"
         raise InputError(what, home, "a process has one database: start another, or restart the kernel")
-    try:
-        fiftyone.list_datasets()
-    except Exception as error:  # noqa: BLE001 - it has many ways to fail, all of them outside
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"FiftyOne's database did not answer: {first}", home, "see neo doctor") from error
+    _wake(fiftyone, home)
     return fiftyone
+
+
+def _wake(fiftyone: Any, home: Path, times: int = 3) -> None:
+    "Ask the database its first question; a busy machine may need more than one."
+    for left in range(times - 1, -1, -1):
+        try:
+            fiftyone.list_datasets()
+            return
+        except Exception as error:  # noqa: BLE001 - it has many ways to fail, all of them outside
+            if left:
+                time.sleep(2.0)
+                continue
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"FiftyOne's database did not answer: {first}", home, "see neo doctor") from error
