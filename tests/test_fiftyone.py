@@ -22,6 +22,7 @@ from neo_nb.data.manifest import load_dataset
 from neo_nb.detections import Detections, save_detections
 from neo_nb.evaluate import database
 from neo_nb.evaluate.browse import make_dataset, pull_tags
+from neo_nb.evaluate.errors import find_errors
 from neo_nb.evaluate.operating_point import evaluate, match_detections
 from neo_nb.results import open_evaluation
 from neo_nb.runs import record
@@ -52,6 +53,18 @@ def test_the_counts_are_fiftyones_own(fo, seed):
     assert (dataset.sum("eval_fp") or 0) == (matches.truth < 0).sum()
     assert (dataset.sum("eval_fn") or 0) == (~matches.found).sum()
     assert found["boxes"] == dataset.count("ground_truth.detections")
+    errors = find_errors(detections, table, score_threshold=0.3)
+    wrong = np.flatnonzero(np.isin(errors.kind, (1, 2, 3, 4, 5)))
+    shown = dataset.load_saved_view("false positives, surest first")
+    rows = np.array(shown.values("predictions.row"), int)
+    assert sorted(rows.tolist()) == wrong.tolist()  # the very boxes that were counted, the surest first
+    assert (np.diff(detections.scores[rows]) <= 0).all()
+    sizes = table.sizes[detections.image_index[rows]][:, ::-1]
+    boxes = np.array(shown.values("predictions.bounding_box")).reshape(-1, 4) * np.tile(sizes, 2)
+    boxes[:, 2:] += boxes[:, :2]
+    assert np.allclose(boxes, detections.boxes_xyxy[rows], atol=1e-2)
+    missed = dataset.load_saved_view("misses, largest first").values("ground_truth.row")
+    assert sorted(missed) == np.flatnonzero(errors.missed).tolist()
     patches = dataset.load_saved_view("evaluation patches")
     assert len(patches) == len(at) + (~matches.found).sum()
 
