@@ -7,8 +7,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'CLASSES', 'HEIGHTS', 'HD_SIZES', 'LogoPicture', 'draw_logos', 'make_logos']
 
-# %% ../../nbs/data/14d_logos.ipynb #bd8fa000
-import json
+# %% ../../nbs/data/14d_logos.ipynb #0a0fcd07
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +15,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..annotations import Annotations, open_table, save_table
-from ..core import InputError, atomic_write, derive_seed
+from ..annotations import Annotations
+from ..core import InputError, derive_seed
 from .batch import check_size
 from .figures import SKINS
 from .marks import LOOK_ALIKES
 from .scenes import draw_place
 from .sheets import ZOOM, Sheet, draw_sheet
+from .split import Drawing, drawn_split
 
 # %% ../../nbs/data/14d_logos.ipynb #6eec9237
 VERSION = 1  # Raised when the same seed draws another picture
@@ -266,7 +266,7 @@ def draw_logos(
     picture.tags = " ".join([place, *dict.fromkeys(kinds), *words, f"{height}p"])
     return picture
 
-# %% ../../nbs/data/14d_logos.ipynb #a2fb5f4f
+# %% ../../nbs/data/14d_logos.ipynb #c880807c
 def make_logos(
     num_images: int,
     size: tuple[int, int] | Sequence[tuple[int, int]],  # (height, width), or several to choose from
@@ -276,38 +276,17 @@ def make_logos(
     heights: tuple[float, float] = HEIGHTS,  # Of the marks, from and to, pixels in a picture of 1080 lines
 ) -> Annotations:
     "A split of pictures with logos: drawn on first use, opened afterwards."
-    if num_images < 1:
-        raise InputError(f"a split has at least 1 image, found {num_images}")
     if not 4 <= heights[0] <= heights[1]:
         raise InputError(f"heights of marks go from 4 or more to more, found {tuple(heights)}", name)
     sizes = [size] if isinstance(size[0], (int, np.integer)) else list(size)
-    folder, wanted = Path(folder), {"version": VERSION, "num_images": num_images, "seed": seed}
-    wanted |= {"sizes": [list(check_size(tuple(s))) for s in sizes], "heights": list(map(float, heights))}
-    record = folder / "logos.json"
-    if not (record.is_file() and json.loads(record.read_text() or "{}") == wanted):
-        record.unlink(missing_ok=True)
-        _draw_split(folder, name, **wanted)
-        with atomic_write(record) as path:
-            path.write_text(json.dumps(wanted))
-    table = open_table(folder / "table")
-    return Annotations(**(vars(table) | {"root": folder / "images", "name": name, "source": str(folder)}))
+    sizes, heights = [check_size(tuple(s)) for s in sizes], tuple(map(float, heights))
+    wanted = {"version": VERSION, "num_images": num_images, "seed": seed}
+    wanted |= {"sizes": [list(s) for s in sizes], "heights": list(heights)}
 
-
-def _draw_split(
-    folder: Path, name: str, num_images: int, sizes: list, seed: int, heights: list[float], version: int
-) -> None:
-    from tqdm import tqdm
-
-    rows, names = [], [f"{i:05d}.jpg" for i in range(num_images)]
-    for i in tqdm(range(num_images), desc=f"drawing {name}", unit="image", leave=False):
+    def draw(i: int) -> Drawing:
         rng = np.random.default_rng(derive_seed(seed, "size", i))
-        drawn = draw_logos(derive_seed(seed, "image", i), tuple(sizes[rng.integers(len(sizes))]), tuple(heights))
-        with atomic_write(folder / "images" / names[i]) as path:
-            cv2.imwrite(str(path), drawn.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(78, 95))])
-        rows.append((drawn.boxes, drawn.iscrowd, drawn.image.shape[:2], drawn.tags))
-    boxes, iscrowd = (np.concatenate([row[i] for row in rows]) for i in (0, 1))
-    offsets = np.concatenate([[0], np.cumsum([len(row[0]) for row in rows])])
-    ids, sizes, tags = np.arange(1, num_images + 1), [row[2] for row in rows], [row[3] for row in rows]
-    labels = np.zeros(len(boxes), np.int32)
-    table = Annotations(ids, names, sizes, offsets, boxes, labels, CLASSES, iscrowd=iscrowd, tags=tags, name=name)
-    save_table(table, folder / "table")
+        made = draw_logos(derive_seed(seed, "image", i), sizes[rng.integers(len(sizes))], heights)
+        labels = np.zeros(len(made.boxes), np.int32)
+        return Drawing(made.image, made.boxes, labels, made.iscrowd, made.tags, int(rng.integers(78, 95)))
+
+    return drawn_split(folder, "logos", wanted, draw, CLASSES, name)

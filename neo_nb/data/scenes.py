@@ -7,18 +7,18 @@
 # %% auto #0
 __all__ = ['VERSION', 'CLASSES', 'draw_place', 'Figure', 'draw_scene', 'make_scenes']
 
-# %% ../../nbs/data/14_scenes.ipynb #f222cee5
-import json
+# %% ../../nbs/data/14_scenes.ipynb #9affd784
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from ..annotations import Annotations, open_table, save_table
-from ..core import InputError, atomic_write, derive_seed
+from ..annotations import Annotations
+from ..core import derive_seed
 from .batch import check_size
 from .figures import draw_figure, random_look
+from .split import Drawing, drawn_split
 
 # %% ../../nbs/data/14_scenes.ipynb #c6d515a5
 VERSION = 1  # Raised when the same seed draws another picture
@@ -76,7 +76,7 @@ def _blocks(rng: np.random.Generator, image: np.ndarray, level: int) -> None:
             for wy in range(max(0, top + step // 3), level - step // 2, step):
                 cv2.rectangle(image, (wx, wy), (wx + step // 2, wy + step // 2), pane.tolist(), -1)
 
-# %% ../../nbs/data/14_scenes.ipynb #db0fe7c9
+# %% ../../nbs/data/14_scenes.ipynb #7b2d05c3
 @dataclass(frozen=True)
 class Figure:
     "What a figure covered when it was painted, in pixels inside the picture."
@@ -113,7 +113,7 @@ def _extents(numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
             boxes[i] = columns.start, rows.start, columns.stop, rows.stop
     return boxes, np.bincount(numbers.ravel(), minlength=count + 1)[1 : count + 1]
 
-# %% ../../nbs/data/14_scenes.ipynb #dd303c5a
+# %% ../../nbs/data/14_scenes.ipynb #14b0b46a
 def _annotate(
     figures: list[Figure], bodies: np.ndarray, heads: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -129,7 +129,7 @@ def _annotate(
     labels = np.repeat([0, 1, 0], [person.sum(), head.sum(), hidden.sum()]).astype(np.int32)
     return boxes, labels, np.arange(len(labels)) >= person.sum() + head.sum()
 
-# %% ../../nbs/data/14_scenes.ipynb #b7636fcf
+# %% ../../nbs/data/14_scenes.ipynb #caa710b8
 def draw_scene(
     seed: int,  # Decides everything
     size: tuple[int, int] = (360, 640),  # (height, width) in pixels
@@ -175,7 +175,7 @@ def _post(
     for canvas, paint in ((image, colour), (bodies, 0), (heads, 0)):
         cv2.rectangle(canvas, (x, foot - h), (x + w, foot), paint, -1)
 
-# %% ../../nbs/data/14_scenes.ipynb #37eb3724
+# %% ../../nbs/data/14_scenes.ipynb #bed45a0a
 def make_scenes(
     num_images: int,
     size: tuple[int, int],  # (height, width)
@@ -185,33 +185,10 @@ def make_scenes(
     density: float = 1.0,
 ) -> Annotations:
     "A split of scenes: drawn on first use, opened afterwards."
-    if num_images < 1:
-        raise InputError(f"a split has at least 1 image, found {num_images}")
-    folder, wanted = Path(folder), {"version": VERSION, "num_images": num_images, "size": list(check_size(size))}
+    wanted = {"version": VERSION, "num_images": num_images, "size": list(check_size(size))}
     wanted |= {"seed": seed, "density": density}
-    record = folder / "scenes.json"
-    if not (record.is_file() and json.loads(record.read_text() or "{}") == wanted):
-        record.unlink(missing_ok=True)
-        _draw_split(folder, name, **wanted)
-        with atomic_write(record) as path:
-            path.write_text(json.dumps(wanted))
-    table = open_table(folder / "table")
-    return Annotations(**(vars(table) | {"root": folder / "images", "name": name, "source": str(folder)}))
 
+    def draw(i: int) -> Drawing:
+        return Drawing(*draw_scene(derive_seed(seed, "image", i), tuple(wanted["size"]), density))
 
-def _draw_split(
-    folder: Path, name: str, num_images: int, size: list[int], seed: int, density: float, version: int
-) -> None:
-    from tqdm import tqdm
-
-    rows, names = [], [f"{i:05d}.jpg" for i in range(num_images)]
-    for i in tqdm(range(num_images), desc=f"drawing {name}", unit="image", leave=False):
-        image, *found = draw_scene(derive_seed(seed, "image", i), tuple(size), density)
-        with atomic_write(folder / "images" / names[i]) as path:
-            cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
-        rows.append(found)
-    boxes, labels, iscrowd = (np.concatenate(column) for column in zip(*rows))
-    offsets = np.concatenate([[0], np.cumsum([len(row[0]) for row in rows])])
-    ids, sizes = np.arange(1, num_images + 1), np.tile(size, (num_images, 1))
-    table = Annotations(ids, names, sizes, offsets, boxes, labels, CLASSES, iscrowd=iscrowd, name=name)
-    save_table(table, folder / "table")
+    return drawn_split(folder, "scenes", wanted, draw, CLASSES, name)
