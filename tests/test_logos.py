@@ -330,13 +330,17 @@ splits:
 def test_a_recipe_trains_measures_and_goes_on(tmp_path, monkeypatch):
     import pandas as pd
 
-    from neo_nb.logo_verbs import STEPS, Recipe, run_step, step_latency, verdicts, write_steps
+    from neo_nb.logo_recipe import STEPS, Recipe, paces, run_step, step_latency
+    from neo_nb.logo_verbs import verdicts, write_steps
 
     monkeypatch.setenv("NEO_DATA", str(tmp_path / "data"))
     (tmp_path / "mini.yaml").write_text(MINI)
     recipe = Recipe(str(tmp_path / "mini.yaml"), (72, 128), minutes=0.001, settings={"batch_size": 8, "device": "cpu"})
     steps = [STEPS[name] for name in ("baseline", "tiles", "mining")]
+    seconds = paces(recipe, steps, tmp_path / "steps")
+    assert set(seconds) == {"pictures x1", "tiles x1"} and min(seconds.values()) > 0
     rows = [run_step(recipe, step, 0, tmp_path / "steps") for step in steps]
+    assert paces(recipe, steps, tmp_path / "steps") == seconds, "measured once"
     assert [row["step"] for row in rows] == ["baseline", "tiles", "mining"] and all(0 <= r["F1"] <= 1 for r in rows)
     mined = json.loads((tmp_path / "steps/mining-0/step.json").read_text())["mined"]
     assert mined["tiles"] >= mined["tiles trained on"] >= rows[1]["pictures"] > 4
