@@ -69,12 +69,17 @@ def test_the_counts_are_fiftyones_own(fo, seed):
     assert len(patches) == len(at) + (~matches.found).sum()
 
 
+def tagged(fo, name: str) -> tuple:
+    """A data set whose first image with predictions has one that is tagged; saving is left to whoever tags more."""
+    table, detections = make(3)
+    sample = next(s for s in make_dataset(fo, name, detections, table, 0.2) if s["predictions"].detections)
+    sample["predictions"].detections[0].tags.append("hard_negative")
+    return table, detections, sample
+
+
 @needs_database
 def test_tags_outlive_a_rebuild_and_lost_ones_are_counted(fo):
-    table, detections = make(3)
-    dataset = make_dataset(fo, "tags", detections, table, 0.2)
-    sample = next(s for s in dataset if s["predictions"].detections)
-    sample["predictions"].detections[0].tags.append("hard_negative")
+    table, detections, sample = tagged(fo, "tags")
     sample.tags += ["golden", "mine"]
     sample.save()
     before = pull_tags(fo, "tags")
@@ -96,10 +101,7 @@ def test_a_failed_build_leaves_no_half_data_set(fo):
 
 @needs_database
 def test_a_failed_rebuild_leaves_the_old_data_set_and_its_tags(fo):
-    table, detections = make(3)
-    dataset = make_dataset(fo, "kept", detections, table, 0.2)
-    sample = next(s for s in dataset if s["predictions"].detections)
-    sample["predictions"].detections[0].tags.append("hard_negative")
+    table, detections, sample = tagged(fo, "kept")
     drawn = fo.Detection(label="c0", bounding_box=[0.1, 0.1, 0.2, 0.2], tags=["label_error"])  # by hand, in the App
     sample["ground_truth"].detections.append(drawn)
     sample.save()
