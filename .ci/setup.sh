@@ -7,9 +7,8 @@ fail() { echo "setup: $1" >&2; exit 1; }
 command -v python3 >/dev/null || fail "python3 is missing; on Debian: apt-get install python3 python3-venv"
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "python3 is older than 3.11: $(python3 --version)"
 
-exec 9>.venv.lock
+exec 9>.venv.lock # stays: whoever waits for a removed one would not keep out whoever comes next
 flock 9 2>/dev/null || true # two at once wait for each other
-trap 'rm -f .venv.lock' EXIT
 
 wanted=$(cat pyproject.toml constraints.txt .ci/setup.sh .ci/database.py | sha256sum | cut -c1-16)
 if [ -x .venv/bin/python ] && [ ! -e .venv/unfinished ] && [ "$(cat .venv/made-from 2>/dev/null)" = "$wanted" ]; then
