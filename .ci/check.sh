@@ -13,7 +13,7 @@ tree() { git ls-files -z nbs neo_nb README.md | xargs -0 sha256sum 2>/dev/null |
 
 step "style"
 ruff format --check -q nbs tests .ci || { echo "unformatted: run  make format"; exit 1; }
-ruff check -q nbs tests .ci
+ruff check -q nbs tests .ci neo_nb
 
 step "notebooks and package agree"
 tree > "$scratch/before"

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..annotations import Annotations
 from ..boxes import xywh_to_xyxy, xyxy_to_xywh
-from ..core import InputError, atomic_write
+from ..core import atomic_write
 from .problems import Problem, assemble, image_folder, note, read_json
 
 # %% ../../nbs/data/10_coco.ipynb #2e931553

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..annotations import Annotations
-from ..core import InputError, atomic_write
+from ..core import atomic_write
 from .coco import coco_document, table_of
 from .problems import Problem, image_folder, read_json
 

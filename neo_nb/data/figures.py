@@ -9,7 +9,7 @@ __all__ = ['Colour', 'SKINS', 'HAIRS', 'TOPS', 'BOTTOMS', 'ARMS', 'LEGS', 'Canva
 
 # %% ../../nbs/data/13b_figures.ipynb #d5e66500
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import cv2
 import numpy as np

@@ -11,7 +11,6 @@ __all__ = ['Format', 'log', 'Print', 'Split', 'Archive', 'Manifest', 'list_datas
 # %% ../../nbs/data/15_manifest.ipynb #abe10f27
 import hashlib
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal

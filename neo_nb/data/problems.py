@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..annotations import Annotations
-from ..boxes import clip_boxes, degenerate
+from ..boxes import degenerate
 from ..core import InputError
 
 # %% ../../nbs/data/09_problems.ipynb #dca54462

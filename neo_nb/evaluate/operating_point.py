@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..annotations import Annotations
-from ..core import InputError
 from ..detections import Detections
 from .coco_metrics import coco_metrics
 from .matching import find_pairs, take_turns, turns

@@ -11,7 +11,6 @@ __all__ = ['RESNETS', 'BasicBlock', 'Bottleneck', 'make_shortcut', 'ResNetVd', '
 # %% ../../nbs/models/31_backbones.ipynb #ccf2bec4
 from collections.abc import Callable, Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from ..data.batch import canvas_sizes
-from .layers import ACTIVATIONS, ConvNorm, CspRepLayer, SelfAttention, checkpointed, position_embedding
+from .layers import ConvNorm, CspRepLayer, SelfAttention, checkpointed, position_embedding
 
 # %% ../../nbs/models/32_hybrid_encoder.ipynb #94e47bf7
 def valid_tokens(

@@ -10,7 +10,7 @@ __all__ = ['InputContract', 'RTDETRConfig', 'Outputs', 'check_strides', 'RTDETR'
 
 # %% ../../nbs/models/34_rtdetr.ipynb #81645425
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
