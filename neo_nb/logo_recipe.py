@@ -183,7 +183,7 @@ def paces(
     return seconds
 
 # %% ../nbs/72i_logo.ipynb #8d47c8a9
-EVALUATIONS = 5  # Of each training, about
+EVALUATIONS = 5  # Of each training
 
 
 def plan(
@@ -191,14 +191,12 @@ def plan(
     table: Any,  # Annotations: what is trained on
     minutes: float,
     pace: float,  # Seconds an update
-) -> dict[str, int]:  # epochs and repeat
-    "As many passes as there is time for, evaluated about five times."
-    from neo_nb.data.order import epoch_length
-
-    updates = max(1, epoch_length(table.weights) // (config.batch_size * config.accumulation))
-    passes = max(1, round(minutes * 60 / (pace * updates)))
-    repeat = max(1, round(passes / EVALUATIONS))
-    return {"epochs": max(1, round(passes / repeat)), "repeat": repeat}
+) -> tuple[Any, int]:  # Annotations, an epoch of which is a fifth of the time; updates in all
+    "What is trained on, with weights that make an epoch as long as there is time for."
+    updates = max(1, round(minutes * 60 / pace / EVALUATIONS))
+    pictures = updates * config.batch_size * config.accumulation
+    scaled = table.weights * (pictures / table.weights.sum(dtype=float))
+    return replace(table, weights=scaled), updates * EVALUATIONS
 
 # %% ../nbs/72i_logo.ipynb #11631981
 def detector_of(
@@ -240,7 +238,7 @@ def run_step(
     step: Step,
     seed: int,
     folder: str | Path,  # Of all steps
-) -> dict[str, Any]:  # step, seed, the numbers of `measure`, threshold, epochs, repeat, minutes
+) -> dict[str, Any]:  # step, seed, the numbers of `measure`, threshold, updates, minutes, pictures
     "Train a step and measure it on the golden set; one that is done is read."
     from neo_nb.train.trainer import train
 
@@ -254,12 +252,12 @@ def run_step(
         return known["row"]
     config, found = recipe.config(step, seed, folder), {}
     table, val = _tables(recipe, step, seed, folder, found)
-    length = plan(config, table, recipe.minutes, paces(recipe, [step], folder)[_kind(step)])
-    length["freeze_epochs"] = min(config.freeze_epochs, length["epochs"] // 4)  # a short training has none to spare
-    trained = train(config.model_copy(update=length), own, table, val)
+    pace = paces(recipe, [step], folder)[_kind(step)]
+    planned, updates = plan(config, table, recipe.minutes, pace)
+    trained = train(config.model_copy(update={"epochs": EVALUATIONS, "repeat": 1}), own, planned, val)
     if trained["interrupted"]:
         raise SystemExit("stopped; the steps that are done are kept")
-    row = {"step": step.name, "seed": seed} | _judge(recipe, step, own) | length
+    row = {"step": step.name, "seed": seed} | _judge(recipe, step, own) | {"updates": updates}
     row |= {"minutes": trained["minutes"], "pictures": len(table)}
     with atomic_write(own / "step.json") as path:
         path.write_text(json.dumps({"asked": asked, "row": row, "mined": found}, indent=1) + "\n", encoding="utf-8")

@@ -341,6 +341,7 @@ def test_a_recipe_trains_measures_and_goes_on(tmp_path, monkeypatch):
     assert set(seconds) == {"pictures x1", "tiles x1"} and min(seconds.values()) > 0
     rows = [run_step(recipe, step, 0, tmp_path / "steps") for step in steps]
     assert paces(recipe, steps, tmp_path / "steps") == seconds, "measured once"
+    assert rows[1]["updates"] == rows[2]["updates"] == 5, "the same time is the same number of updates"
     assert [row["step"] for row in rows] == ["baseline", "tiles", "mining"] and all(0 <= r["F1"] <= 1 for r in rows)
     mined = json.loads((tmp_path / "steps/mining-0/step.json").read_text())["mined"]
     assert mined["tiles"] >= mined["tiles trained on"] >= rows[1]["pictures"] > 4
