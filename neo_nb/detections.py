@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torchvision.ops import batched_nms
 
 from .annotations import Annotations
 from .boxes import xywh_to_xyxy, xyxy_to_xywh
@@ -143,6 +142,8 @@ def nms(
     iou_threshold: float = 0.6,  # Overlap above which the lower score goes
 ) -> Detections:
     "Class-wise non-maximum suppression, image by image."
+    from torchvision.ops import batched_nms  # imported late: it takes longer than torch itself
+
     group = self.image_index * len(self.class_names) + self.labels
     boxes, scores = torch.tensor(self.boxes_xyxy), torch.tensor(self.scores)
     kept = batched_nms(boxes, scores, torch.tensor(group), iou_threshold)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
-from torchvision.ops import batched_nms
 
 from ..core import InputError
 from ..detections import Detections
@@ -125,6 +124,8 @@ def _join(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, links: csr_
 
 def _same(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, method: Method, iou_threshold: float):
     "One of each that is seen more than once."
+    from torchvision.ops import batched_nms  # imported late: it takes longer than torch itself
+
     tensors = torch.from_numpy(boxes.astype(np.float32)), torch.from_numpy(scores), torch.from_numpy(labels)
     kept = batched_nms(*tensors, iou_threshold).numpy()
     if method != "nms" and len(kept) < len(boxes):

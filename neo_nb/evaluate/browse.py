@@ -137,6 +137,7 @@ def make_dataset(
         dataset.add_samples(_samples(fo, detections, annotations, errors, counts), progress=False)
         rule = {"iou": iou_threshold, "classwise": True, "compute_mAP": False, "progress": False}
         dataset.evaluate_detections("predictions", gt_field="ground_truth", eval_key="eval", **rule)
+        dataset.add_dynamic_sample_fields()  # kind, fate, size, overlap: else the App filters by none
         _doubts(dataset)
         if features is not None:
             _map(dataset, features)
