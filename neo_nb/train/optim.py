@@ -66,7 +66,7 @@ class Ema:
         self,
         model: nn.Module,
         decay: float,  # 0: no average, the weights as they are
-        ramp: float,  # Updates until the decay has reached 63 % of its value
+        ramp: float,  # Updates until the decay has reached 63 % of its value, and the most that are remembered
     ):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.ramp, self.step = decay, max(ramp, 1.0), 0
@@ -75,7 +75,7 @@ class Ema:
     def update(self, model: nn.Module) -> None:
         "Move the average towards the model's weights by one update."
         self.step += 1
-        decay = self.decay * (1 - math.exp(-self.step / self.ramp))
+        decay = min(self.decay, 1 - 1 / max(self.ramp, 2.0)) * (1 - math.exp(-self.step / self.ramp))
         own, new = self.model.state_dict(), model.state_dict()
         moving = [key for key, value in own.items() if value.is_floating_point()]
         torch._foreach_lerp_([own[k] for k in moving], [new[k].detach() for k in moving], 1 - decay)
