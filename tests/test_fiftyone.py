@@ -1,19 +1,14 @@
-"""A real database: counts equal to FiftyOne's own, the App served, a person's tags back, one process at a time."""
+"""A real database: counts and boxes equal to FiftyOne's own, a person's tags kept, runs compared."""
 
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command import ROOT, neo
 from test_metrics import make
 
 from neo_nb.annotations import fingerprint
@@ -30,7 +25,6 @@ from neo_nb.runs import record
 needs_database = pytest.mark.skipif(
     database.database_problem() is not None, reason=f"FiftyOne: {database.database_problem()}"
 )
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # FiftyOne's own
 
 
@@ -137,79 +131,6 @@ def run(tmp_path) -> Path:
     record(folder, data={"name": "drawn", "split": "val", "fingerprint": fingerprint(table)})
     yield folder
     os.chdir(ROOT)
-
-
-def neo(*words: str, wait: bool = True, **environment: str):
-    """The command line in a process of its own, as FiftyOne wants it."""
-    known = {k: v for k, v in os.environ.items() if not k.startswith(("FIFTYONE", "NEO_"))} | environment
-    command = [sys.executable, "-c", "import sys; from neo_nb.cli import main; sys.exit(main())", *words]
-    known["PYTHONPATH"] = f"{ROOT}:{known.get('PYTHONPATH', '')}"
-    if wait:
-        return subprocess.run(command, capture_output=True, text=True, env=known, timeout=600)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=known)
-
-
-TAG = """
-from neo_nb.evaluate.database import open_database
-fo = open_database()
-crop = fo.load_dataset("0001-evaluate-drawn-x").load_saved_view("false positives, surest first").first()
-crop.predictions.tags.append("hard_negative")
-crop.save()
-"""
-
-
-@needs_database
-def test_errors_makes_serves_and_pulls(run):
-    done = neo("errors", "1", "--no-features", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    counts = found["counts"]
-    assert found["fiftyone"]["tp"] == counts["right"] and found["views"]["evaluation patches"] > 0
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    served = neo("errors", "1", "--serve", "--port", str(port), wait=False)
-    try:
-        page = _page(f"http://127.0.0.1:{port}/datasets/0001-evaluate-drawn-x", served)
-        assert "FiftyOne" in page
-        second = neo("errors", "1", "--pull")
-        assert second.returncode == 2 and "has FiftyOne's database open" in second.stderr
-        _picture(f"http://127.0.0.1:{port}/datasets/0001-evaluate-drawn-x", run)
-    finally:
-        served.send_signal(signal.SIGINT)
-        served.wait(120)
-
-    own = {k: v for k, v in os.environ.items() if not k.startswith("FIFTYONE")} | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", TAG], check=True, env=own, timeout=300)
-    done = neo("errors", "1", "--pull")
-    assert done.returncode == 0, done.stderr
-    tags = json.loads((run / "tags.json").read_text())
-    assert len(tags["hard_negative"]) == 1 and tags["boxes"][0]["tag"] == "hard_negative" and tags["golden"] == []
-
-
-def _page(address: str, process: subprocess.Popen) -> str:
-    for _ in range(480):
-        assert process.poll() is None, process.stdout.read()
-        try:
-            return urllib.request.urlopen(address, timeout=5).read().decode()
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError("the App was not served within four minutes")
-
-
-def _picture(address: str, folder: Path) -> None:
-    """The App as a browser shows it: something was drawn."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        return
-    path = folder / "app.png"
-    words = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    words += f" --disable-sync --user-data-dir={folder}/profile --virtual-time-budget=20000 --screenshot={path}"
-    subprocess.run([chromium, *words.split(), address], capture_output=True, timeout=300)
-    import cv2
-
-    assert cv2.imread(str(path)).std() > 10
 
 
 def test_two_runs_are_compared(run):
