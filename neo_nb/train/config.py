@@ -70,7 +70,9 @@ class TrainConfig(ModelSettings):
     warmup: float = Field(0.02, ge=0, le=1, description="linear warm-up, as a share of all updates")
     clip: float = Field(0.1, ge=0, description="largest norm of the gradient; 0: no clipping")
     ema: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights; 0: no averaging")
-    ema_warmup: float = Field(0.05, gt=0, le=1, description="ramp and memory of the average, as a share of all updates")
+    ema_warmup: float = Field(
+        0.05, gt=0, le=1, description="ramp and memory of the average, as a share of all updates"
+    )
     sync_bn: bool = Field(True, description="batch statistics over all GPUs")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
     compile: bool = Field(False, description="torch.compile: minutes at the start, faster steps")
