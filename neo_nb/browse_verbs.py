@@ -21,7 +21,7 @@ def errors(
     threshold: float | None = None,  # Score from which detections count; where F1 is best when not given
     iou_threshold: float = 0.5,  # An object is found from this overlap on
     features: bool = True,  # Place errors on a map by the detector's own features
-    serve: bool = False,  # Open the App; on the data set that is there, else on a new one
+    serve: bool = False,  # Open the App on the data set that this command made
     pull: bool = False,  # Write the tags that were set in the App into the run's tags.json
     port: int = 5151,  # Of the App
 ) -> Result:
@@ -38,7 +38,7 @@ def errors(
         check_port(port)
         fo = open_database()
         if fo.dataset_exists(of.name):
-            return _serve(fo, of.name, port)
+            return _serve(of.name, port)
         raise InputError("FiftyOne has no data set of this run", of.name, f"first make it: neo errors {run}")
     if not (of / "detections.npz").is_file():
         raise InputError("this run has no detections", of, f"neo evaluate {run}, and take the run that it makes")
@@ -65,15 +65,22 @@ def _pull(fo: Any, of: Path) -> Result:
     return Result("\n".join([*lines, f"{len(tags['boxes']):5}  boxes", near(of / "tags.json")]), tags)
 
 
-def _serve(fo: Any, name: str, port: int) -> Result:
-    "Serve the App until it is stopped."
-    session = fo.launch_app(fo.load_dataset(name), port=port, address="127.0.0.1", remote=True)
+def _serve(name: str, port: int) -> Result:
+    "Serve the App until it is stopped: its server alone, for a session that connects late resets what is shown."
+    from fiftyone.core.service import ServerService, ServiceListenTimeout
+
+    try:
+        server = ServerService(port, "127.0.0.1", do_not_track=True)
+    except ServiceListenTimeout as error:
+        raise InputError(
+            "FiftyOne's App did not start within a minute", name, "try again, or another --port"
+        ) from error
     print(f"{name}: http://127.0.0.1:{port}/datasets/{name}   (Ctrl-C ends it; tags stay)", flush=True)
     try:
-        session.wait(-1)
+        status = server.wait()
+        return Result(f"FiftyOne's server ended by itself, exit status {status}", status=1)
     except KeyboardInterrupt:
-        pass
-    return Result()
+        return Result()
 
 # %% ../nbs/72g_browse.ipynb #48c9c942
 def compare(
