@@ -78,12 +78,17 @@ _MEANINGS = {
 }
 
 
+def _between(metrics: Mapping[str, Any], name: str) -> str:
+    "The 95 % interval of a number; empty where there is none."
+    low, high = metrics.get(f"{name}_interval", (-1, -1))
+    return f"{low:.2f}–{high:.2f}" if low >= 0 else ""
+
+
 def _kpis(metrics: Mapping[str, Any]) -> str:
     "The numbers that decide, large."
     shown = [(name, text) for name, text in _MEANINGS.items() if name in metrics]
-    low, high = metrics.get("F1_interval", (-1, -1))
-    sure = f" (95 %: {low:.2f}–{high:.2f})" if low >= 0 else ""
-    shown = [(name, text + sure if name == "F1" else text) for name, text in shown]
+    sure = {name: f" (95 %: {ends})" for name, _ in shown if (ends := _between(metrics, name))}
+    shown = [(name, text + sure.get(name, "")) for name, text in shown]
     cards = [
         f'<div class="kpi{" first" * (i == 0)}"><b>{number_text(metrics[name])}</b><span>{text}</span></div>'
         for i, (name, text) in enumerate(shown)
@@ -117,7 +122,8 @@ def _classes(metrics: Mapping[str, Any]) -> str:
     for name, row in sorted(rows.items(), key=lambda item: -item[1].get("boxes", 0)):
         share = max(0.0, min(1.0, row.get("AP", 0)))
         rail = f'<span class="rail"><span class="bar" style="width:{share:.0%}"></span></span>'
-        cells = "".join(f"<td>{number_text(row.get(n))}</td>" for n in names)
+        sure = {n: f" <small>{ends}</small>" for n in names if (ends := _between(row, n))}
+        cells = "".join(f"<td>{number_text(row.get(n))}{sure.get(n, '')}</td>" for n in names)
         lines.append(f"<tr><td>{escape(name)}</td><td>{rail}</td>{cells}</tr>")
     head = "".join(f"<th>{n}</th>" for n in names)
     return f"<table><thead><tr><th>class</th><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -253,7 +259,7 @@ def write_report(
     body = [
         _section("Result", _kpis(metrics) + _all_numbers(metrics), escape(_told(metrics))),
         _section("Curves", _curves(run), _chosen(known)),
-        _section("Classes", _classes(metrics)),
+        _section("Classes", _classes(metrics), "small: 95 % intervals, by drawing the images again"),
         f'<div class="two">{curves}</div>' if curves else "",
         _section("Pictures", _pictures(run / "pictures"), told),
         _errors(run, metrics),
