@@ -42,8 +42,9 @@ def gather(
     import numpy as np
 
     from neo_nb.annotations import join
+    from neo_nb.data.copies import find_copies
     from neo_nb.data.manifest import load_dataset, load_manifest
-    from neo_nb.data.mined import background_table, same_files
+    from neo_nb.data.mined import background_table
     from neo_nb.evaluate.mining import GOLDEN, refuse_golden, tagged
     from neo_nb.predict import find_images
 
@@ -60,12 +61,14 @@ def gather(
         marks[tag], lost = tagged(table, (tags or {}).get(tag, []))
         counts |= {f"tagged {tag}, not among them": lost} if lost else {}
     golden = [load_dataset(data, name) for name in manifest.splits if name.lower() in GOLDEN]
-    copies = same_files(table, [*golden, table.select(marks["golden"])])
+    copies = find_copies(table, [*golden, table.select(marks["golden"])])
     copied = np.isin(np.arange(len(table)), list(copies)) & ~marks["golden"]
     if copied.any():
         row = int(np.flatnonzero(copied)[0])
-        print(f"{copied.sum()} images are files of the golden set, the first is {table.of(row).path} = {copies[row]}")
-    refused = {"golden": marks["golden"], "a golden file": copied, "label error": marks["label_error"]}
+        print(
+            f"{copied.sum()} images are pictures of the golden set, the first is {table.of(row).path} = {copies[row]}"
+        )
+    refused = {"golden": marks["golden"], "a copy of a golden one": copied, "label error": marks["label_error"]}
     counts |= {f"images refused: {reason}": int(mask.sum()) for reason, mask in refused.items()}
     always = marks["hard_negative"] & ~np.logical_or.reduce(list(refused.values()))
     return Ground(table, own, refused, always, counts)

@@ -16,9 +16,10 @@ from neo_nb.cli import main
 from neo_nb.core import InputError
 from neo_nb.data.checks import check_dataset
 from neo_nb.data.coco import write_coco
+from neo_nb.data.copies import find_copies
 from neo_nb.data.loader import make_loader, read_image
 from neo_nb.data.manifest import Manifest, Split, load_dataset, load_manifest, write_manifest
-from neo_nb.data.mined import read_mined, same_files
+from neo_nb.data.mined import read_mined
 from neo_nb.deploy.artifact import TorchArtifact
 from neo_nb.deploy.embed import embed_boxes, embed_images
 from neo_nb.detections import Detections
@@ -152,13 +153,18 @@ def test_a_golden_image_is_never_mined_under_whatever_name(detector, place, caps
     for i, path in enumerate(golden):  # copies in the folder, one of them under a wrong suffix, and one in the split
         (place / f"data/pool/innocent{i}.{'jpg' if i == 1 else 'png'}").write_bytes(path.read_bytes())
     (place / "data/train/train3.png").write_bytes(golden[3].read_bytes())
+    again = cv2.resize(cv2.imread(str(golden[0])), None, fx=1.5, fy=1.5)  # as another program saves it
+    cv2.imwrite(str(place / "data/pool/again.jpg"), again, [cv2.IMWRITE_JPEG_QUALITY, 80])
     table, record_, ground, _ = mined(detector, place)
     hard = [table.of(i).path for i in np.flatnonzero(table.weights > 1).tolist()]
     assert hard and not digests(hard) & digests(golden)
     assert not digests(place / "data" / image.file for image in record_.images) & digests(golden)
     assert 4 not in {n.image for n in record_.negatives}
-    assert ground.counts["images refused: a golden file"] == 5 and ground.counts["errors refused: a golden file"] > 0
-    assert "5 images are files of the golden set" in capsys.readouterr().out
+    assert (
+        ground.counts["images refused: a copy of a golden one"] == 6
+        and ground.counts["errors refused: a copy of a golden one"] > 0
+    )
+    assert "6 images are pictures of the golden set" in capsys.readouterr().out
 
 
 def test_an_image_that_is_tagged_golden_is_out_and_so_are_its_copies(detector, place):
@@ -168,21 +174,24 @@ def test_an_image_that_is_tagged_golden_is_out_and_so_are_its_copies(detector, p
     _, after, ground, _ = mined(detector, place, tags={"golden": ["8"], "hard_negative": [8]})
     assert 8 not in {n.image for n in after.negatives} and "pool/copy.png" not in {i.file for i in after.images}
     assert 8 not in dict(after.weights), "golden, whatever else a person tagged"
-    assert ground.counts["images refused: golden"] == 1 and ground.counts["images refused: a golden file"] == 1
+    assert (
+        ground.counts["images refused: golden"] == 1 and ground.counts["images refused: a copy of a golden one"] == 1
+    )
 
 
-def test_a_file_is_the_same_by_its_bytes_and_by_nothing_less(place):
+def test_a_copy_is_found_however_it_was_saved_and_nothing_else_is(place):
     table, val = load_dataset("logos", "train"), load_dataset("logos", "val")
-    assert same_files(table, [val]) == {}
-    path = place / "data/train/train0.png"
-    path.write_bytes((place / "data/val/val2.png").read_bytes())
-    assert same_files(table, [val]) == {0: str(place / "data/val/val2.png")}
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)  # as long, one bit apart
-    assert same_files(table, [val]) == {}
+    assert find_copies(table, [val]) == {}
+    path, golden = place / "data/train/train0.png", place / "data/val/val2.png"
+    for quality in (95, 60, 30):
+        path.write_bytes(cv2.imencode(".jpg", cv2.imread(str(golden)), [cv2.IMWRITE_JPEG_QUALITY, quality])[1])
+        assert find_copies(table, [val]) == {0: str(golden)}, quality
+    image = cv2.imread(str(golden))
+    image[30:46, 40:60] = 255 - image[30:46, 40:60]  # the same place, with something in it
+    cv2.imwrite(str(path), image)
+    assert find_copies(table, [val]) == {}
     path.unlink()
-    assert same_files(table, [val]) == {}  # a missing file is for others to report
+    assert find_copies(table, [val]) == {}  # a missing file is for others to report
 
 
 # ---- tags
