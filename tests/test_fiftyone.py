@@ -11,7 +11,7 @@ import pytest
 from command import ROOT, neo
 from test_metrics import make
 
-from neo_nb.annotations import fingerprint
+from neo_nb.annotations import Annotations, fingerprint
 from neo_nb.core import InputError
 from neo_nb.data.manifest import load_dataset
 from neo_nb.detections import Detections, save_detections
@@ -61,6 +61,29 @@ def test_the_counts_are_fiftyones_own(fo, seed):
     assert sorted(missed) == np.flatnonzero(errors.missed).tolist()
     patches = dataset.load_saved_view("evaluation patches")
     assert len(patches) == len(at) + (~matches.found).sum()
+
+
+@needs_database
+@pytest.mark.parametrize("what", ["no objects", "no detections", "neither"])
+def test_a_data_set_in_which_there_is_nothing_is_one_too(fo, what):
+    table, detections = make(2)
+    if what in ("no objects", "neither"):
+        nothing = {"offsets": [0] * (len(table) + 1), "boxes_xyxy": np.zeros((0, 4)), "labels": []}
+        table = Annotations(table.image_ids, table.file_names, table.sizes, **nothing, class_names=table.class_names)
+    if what in ("no detections", "neither"):
+        detections = detections.keep(np.zeros(0, int))
+    features = np.ones((len(detections), 4), np.float32)
+    dataset = make_dataset(fo, f"with {what}", detections, table, 0.0, features=features)
+    errors = find_errors(detections, table, score_threshold=0.0)
+    assert len(dataset) == len(table)
+    for name in dataset.list_saved_views():
+        assert dataset.load_saved_view(name).count() >= 0, name
+    wrong = np.isin(errors.kind, (1, 2, 3, 4, 5)).sum()
+    assert len(dataset.load_saved_view("false positives, surest first")) == wrong
+    assert len(dataset.load_saved_view("misses, largest first")) == errors.missed.sum()
+    assert pull_tags(fo, dataset.name) == {"hard_negative": [], "label_error": [], "golden": [], "boxes": []}
+    with pytest.raises(InputError, match="no images, so there is nothing to browse"):
+        make_dataset(fo, "without images", detections.keep(np.zeros(0, int)), table.select([]), 0.5)
 
 
 def tagged(fo, name: str) -> tuple:

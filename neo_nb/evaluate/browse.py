@@ -128,7 +128,9 @@ def make_dataset(
     features: np.ndarray | None = None,  # m d: of each detection's crop; for the map and the similarity of errors
     info: Mapping[str, Any] | None = None,  # What the App shows about the data set
 ) -> Any:  # fiftyone.Dataset, persistent
-    "Truth, predictions, evaluation, sizes and saved views."
+    "Truth, predictions, evaluation, sizes and saved views. Raises `InputError` without images."
+    if not len(annotations):
+        raise InputError("no images, so there is nothing to browse", annotations.name or name)
     errors = find_errors(detections, annotations, iou_threshold, threshold, max_dets=max_dets)
     counts = image_counts(detections, annotations, threshold, iou_threshold, max_dets)
     tagged = collect_tags(fo.load_dataset(name)) if fo.dataset_exists(name) else []
