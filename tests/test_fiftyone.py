@@ -34,19 +34,90 @@ def fo(tmp_path_factory):
     return database.open_database(tmp_path_factory.mktemp("database"))
 
 
+def labels(dataset, path: str, *names: str) -> list[tuple]:
+    """Attributes of all boxes, image by image."""
+    columns = [
+        [value for some in dataset.values(f"{path}.detections.{name}") for value in some or []] for name in names
+    ]
+    return list(zip(*columns))
+
+
 @needs_database
 @pytest.mark.parametrize("seed", [1, 2, 3, 4, 6, 8])
-def test_the_counts_are_fiftyones_own(fo, seed):
+def test_fiftyone_itself_says_the_same_of_every_box(fo, seed):
     table, detections = make(seed)
-    table = replace(table, iscrowd=None)
+    table = replace(table, iscrowd=None)  # to FiftyOne a detection in an ignore region is right
+    dataset = make_dataset(fo, f"witness-{seed}", detections, table, 0.3)
+    rule = {"gt_field": "ground_truth", "eval_key": "own", "compute_mAP": False, "progress": False}
+    own = dataset.evaluate_detections("predictions", iou=0.5, classwise=True, **rule)
+    for path in ("predictions", "ground_truth"):
+        for name in ("eval", "eval_id", "eval_iou"):
+            ours, theirs = (labels(dataset, path, f"{key}{name[4:]}") for key in ("eval", "own"))
+            if name == "eval_iou":
+                numbers = [np.array([one if one is not None else -1 for (one,) in some]) for some in (ours, theirs)]
+                assert np.allclose(*numbers, atol=1e-5), path  # their boxes are shares of six digits
+            else:
+                assert ours == theirs, (path, name)
+    for key in ("tp", "fp", "fn"):
+        assert dataset.values(f"eval_{key}") == dataset.values(f"own_{key}")
+    kept = dataset.load_evaluation_results("eval")
+    assert kept.metrics() == pytest.approx(own.metrics())
+    assert sorted(kept.classes) == sorted(own.classes)
+    fields = {"mistakenness_field": "m", "missing_field": "m_missing", "spurious_field": "m_spurious"}
+    if dataset.count("ground_truth.detections") and dataset.count("predictions.detections"):
+        import fiftyone.brain as fob
+
+        fob.compute_mistakenness(dataset, "predictions", label_field="ground_truth", progress=False, **fields)
+        pairs = {"mistakenness": "m", "mistakenness_loc": "m_loc", "possible_spurious": "m_spurious"}
+        for mine, other in pairs.items():
+            ours, theirs = ([one for (one,) in labels(dataset, "ground_truth", n)] for n in (mine, other))
+            assert [one is None for one in ours] == [one is None for one in theirs], mine
+            assert [one for one in ours if one is not None] == pytest.approx(
+                [one for one in theirs if one is not None], abs=1e-4
+            )
+        assert labels(dataset, "predictions", "possible_missing") == labels(dataset, "predictions", "m_missing")
+        theirs = dataset.values("ground_truth.detections.m")  # `m` itself is whole where the first image has nothing
+        worst = [max((one for one in some or [] if one is not None), default=-1) for some in theirs]
+        assert dataset.values("mistakenness") == pytest.approx(worst, abs=1e-6)
+        assert dataset.values("possible_missing") == dataset.values("m_missing")
+        assert dataset.values("possible_spurious") == dataset.values("m_spurious")
+
+
+@needs_database
+def test_a_document_is_what_fiftyone_itself_would_have_written(fo):
+    table, detections = make(3)
+    dataset = make_dataset(fo, "documents", detections, table, 0.3)
+    sample = next(s for s in dataset if s["predictions"].detections and s["ground_truth"].detections)
+    copy = fo.Dataset("documents made by hand")
+    copy.add_samples([fo.Sample.from_dict(sample.to_dict())], dynamic=True, progress=False)
+    ours, theirs = (one._sample_collection.find_one({"filepath": sample.filepath}) for one in (dataset, copy))
+
+    def shape(value):
+        if isinstance(value, dict):
+            return {key: shape(one) for key, one in value.items()}
+        return [shape(value[0])] if isinstance(value, list) and value else type(value)
+
+    assert shape(ours) | {"_dataset_id": 0} == shape(theirs) | {"_dataset_id": 0}
+    assert ours["_dataset_id"] == dataset._doc.id
+    schema = dataset.get_field_schema(flat=True)
+    for path in ("predictions.detections.kind", "predictions.detections.eval", "ground_truth.detections.fate"):
+        assert path in schema  # declared: else the App does not filter by it
+
+
+@needs_database
+@pytest.mark.parametrize("crowds", [False, True])
+@pytest.mark.parametrize("seed", [1, 2, 3, 4, 6, 8])
+def test_the_views_show_what_was_counted(fo, seed, crowds):
+    table, detections = make(seed)
+    table = table if crowds else replace(table, iscrowd=None)
     dataset = make_dataset(fo, f"random-{seed}", detections, table, 0.3)
     found = evaluate(detections, table)
     at = detections.above(0.3)
     matches = match_detections(at, table)
     assert (dataset.sum("eval_tp") or 0) == (matches.truth >= 0).sum()
-    assert (dataset.sum("eval_fp") or 0) == (matches.truth < 0).sum()
-    assert (dataset.sum("eval_fn") or 0) == (~matches.found).sum()
-    assert found["boxes"] == dataset.count("ground_truth.detections")
+    assert (dataset.sum("eval_fp") or 0) == ((matches.truth < 0) & ~matches.ignored).sum()
+    assert (dataset.sum("eval_fn") or 0) == (~matches.found & ~table.iscrowd).sum()
+    assert dataset.count("ground_truth.detections") == len(table.labels) == found["boxes"] + table.iscrowd.sum()
     errors = find_errors(detections, table, score_threshold=0.3)
     wrong = np.flatnonzero(np.isin(errors.kind, (1, 2, 3, 4, 5)))
     shown = dataset.load_saved_view("false positives, surest first")
@@ -60,7 +131,7 @@ def test_the_counts_are_fiftyones_own(fo, seed):
     missed = dataset.load_saved_view("misses, largest first").values("ground_truth.row")
     assert sorted(missed) == np.flatnonzero(errors.missed).tolist()
     patches = dataset.load_saved_view("evaluation patches")
-    assert len(patches) == len(at) + (~matches.found).sum()
+    assert len(patches) == (~matches.ignored).sum() + (~matches.found & ~table.iscrowd).sum()
 
 
 @needs_database

@@ -8,7 +8,7 @@
 __all__ = ['TAGS', 'make_dataset', 'collect_tags', 'pull_tags']
 
 # %% ../../nbs/evaluate/47b_browse.ipynb #56e30008
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,73 +17,9 @@ from ..annotations import Annotations
 from ..core import InputError
 from ..detections import Detections
 from .compare import image_counts
-from .errors import IS_RIGHT, KINDS, NOT_COUNTED, Errors, find_errors
-from .slices import BUCKETS
-
-# %% ../../nbs/evaluate/47b_browse.ipynb #14811b3d
-def _shares(boxes: np.ndarray, size: np.ndarray) -> list[list[float]]:
-    "Boxes of one image in pixels as FiftyOne's shares of it."
-    shares = boxes / np.maximum(np.tile(size[::-1], 2), 1)
-    shares[:, 2:] -= shares[:, :2]
-    return shares.astype(float).round(6).tolist()
-
-
-def _bucket(areas: np.ndarray) -> np.ndarray:
-    "The name of each area's size."
-    names, bounds = np.array(list(BUCKETS)), [low for low, _ in BUCKETS.values()]
-    return names[np.searchsorted(bounds, areas, side="right") - 1]
-
-
-def _objects(fo: Any, annotations: Annotations, errors: Errors, image: int) -> list[Any]:
-    "Every object of an image as a FiftyOne detection."
-    known, first = annotations.of(image), int(annotations.offsets[image])
-    mine = slice(first, first + len(known.labels))
-    fate = np.select(
-        [known.iscrowd, errors.found[mine], errors.touched[mine]], ["ignore region", "found", "touched"], "missed"
-    )
-    columns = zip(_shares(known.boxes_xyxy, annotations.sizes[image]), known.labels.tolist(), known.iscrowd.tolist(),
-                  known.areas.tolist(), _bucket(known.areas).tolist(), fate.tolist())  # fmt: skip
-    return [
-        fo.Detection(label=annotations.class_names[label], bounding_box=box, iscrowd=crowd, area=area, size=size,
-                     fate=state, row=row)
-        for row, (box, label, crowd, area, size, state) in enumerate(columns, first)
-    ]  # fmt: skip
-
-
-def _said(fo: Any, detections: Detections, errors: Errors, rows: np.ndarray, size: np.ndarray) -> list[Any]:
-    "Detections of one image as FiftyOne's."
-    boxes = detections.boxes_xyxy[rows]
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    columns = zip(_shares(boxes, size), detections.labels[rows].tolist(), detections.scores[rows].tolist(),
-                  errors.kind[rows].tolist(), errors.iou[rows].astype(float).tolist(), areas.astype(float).tolist(),
-                  _bucket(areas).tolist(), rows.tolist())  # fmt: skip
-    return [
-        fo.Detection(label=detections.class_names[label], bounding_box=box, confidence=score, kind=KINDS[kind],
-                     overlap=iou, area=area, size=size, row=row)
-        for box, label, score, kind, iou, area, size, row in columns
-    ]  # fmt: skip
-
-# %% ../../nbs/evaluate/47b_browse.ipynb #214dfd33
-def _samples(
-    fo: Any, detections: Detections, annotations: Annotations, errors: Errors, counts: np.ndarray
-) -> Iterator[Any]:
-    "A sample an image, with its own counts; one after the other, as millions of boxes are gigabytes there."
-    bounds = detections.offsets
-    for row in range(len(annotations)):
-        counted = bounds[row] + np.flatnonzero(errors.kind[bounds[row] : bounds[row + 1]] != NOT_COUNTED)
-        found = _said(fo, detections, errors, counted, annotations.sizes[row])
-        right, wrong, missed = counts[row].tolist()
-        known = annotations.of(row)
-        f1 = 2 * right / (2 * right + wrong + missed) if right + wrong + missed else 1.0
-        sample = fo.Sample(str(known.path.absolute()), tags=str(annotations.tags[row]).split(), row=row, f1=f1)
-        sample["image_id"], sample["metadata"] = str(known.image_id), fo.ImageMetadata(
-            height=known.size[0], width=known.size[1])  # fmt: skip
-        sample["right"], sample["wrong"], sample["missed"], sample["errors"] = right, wrong, missed, wrong + missed
-        sample["ground_truth"], sample["predictions"] = (
-            fo.Detections(detections=_objects(fo, annotations, errors, row)),
-            fo.Detections(detections=found),
-        )
-        yield sample
+from .documents import register_evaluation, write_documents
+from .doubts import find_doubts
+from .errors import IS_RIGHT, KINDS, NOT_COUNTED, find_errors
 
 # %% ../../nbs/evaluate/47b_browse.ipynb #74bc57bf
 def _save_views(fo: Any, dataset: Any) -> None:
@@ -96,6 +32,7 @@ def _save_views(fo: Any, dataset: Any) -> None:
 
     wrong = [kind for kind in KINDS if kind not in (KINDS[IS_RIGHT], KINDS[NOT_COUNTED])]
     missed = dataset.filter_labels("ground_truth", F("fate") == "missed").to_patches("ground_truth")
+    counted = dataset.filter_labels("ground_truth", ~F("iscrowd"), only_matches=False)
     views = {
         "false positives, surest first": crops(wrong),
         "misses, largest first": missed.sort_by("ground_truth.area", reverse=True),
@@ -105,11 +42,9 @@ def _save_views(fo: Any, dataset: Any) -> None:
         "localisation errors": crops(["localisation"]),
         "seen in nothing": crops(["background"]),
         "images with the most errors": dataset.match(F("errors") > 0).sort_by("errors", reverse=True),
-        "evaluation patches": dataset.to_evaluation_patches("eval"),
+        "evaluation patches": counted.to_evaluation_patches("eval"),
+        "labels that may be wrong": dataset.match(F("mistakenness") > 0).sort_by("mistakenness", reverse=True),
     }
-    if dataset.has_field("mistakenness"):
-        doubtful = dataset.match(F("mistakenness") > 0).sort_by("mistakenness", reverse=True)
-        views["labels that may be wrong"] = doubtful
     for name, view in views.items():
         dataset.save_view(name, view, overwrite=True)
 
@@ -136,11 +71,9 @@ def make_dataset(
     tagged = collect_tags(fo.load_dataset(name)) if fo.dataset_exists(name) else []
     dataset = fo.Dataset(f"{name} unfinished", persistent=True, overwrite=True)
     try:
-        dataset.add_samples(_samples(fo, detections, annotations, errors, counts), progress=False)
-        rule = {"iou": iou_threshold, "classwise": True, "compute_mAP": False, "progress": False}
-        dataset.evaluate_detections("predictions", gt_field="ground_truth", eval_key="eval", **rule)
-        dataset.add_dynamic_sample_fields()  # kind, fate, size, overlap: else the App filters by none
-        _doubts(dataset)
+        doubts = find_doubts(detections, annotations, errors, iou_threshold)
+        matches = write_documents(fo, dataset, detections, annotations, errors, doubts, counts)
+        register_evaluation(dataset, matches, iou_threshold)
         if features is not None:
             _map(dataset, features)
         dataset.info = {"threshold": threshold, "iou_threshold": iou_threshold, "counts": errors.counts()} | dict(
@@ -160,14 +93,6 @@ def make_dataset(
     return dataset
 
 # %% ../../nbs/evaluate/47b_browse.ipynb #0f2a74b0
-def _doubts(dataset: Any) -> None:
-    "Mistakenness of every label; needs both truth and predictions."
-    if dataset.count("ground_truth.detections") and dataset.count("predictions.detections"):
-        import fiftyone.brain as fob
-
-        fob.compute_mistakenness(dataset, "predictions", label_field="ground_truth", progress=False)
-
-
 def _map(dataset: Any, features: np.ndarray) -> None:
     "The wrong detections as points of a plane, and which are alike."
     import fiftyone.brain as fob

@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'IS_RIGHT', 'LOCALISATION', 'CLASSIFICATION', 'DUPLICATE', 'BACKGROUND', 'BOTH', 'NOT_COUNTED', 'Errors',
-           'find_errors', 'confusion_matrix', 'error_costs']
+           'any_class', 'find_errors', 'overlap_of', 'confusion_matrix', 'error_costs']
 
 # %% ../../nbs/evaluate/44_errors.ipynb #d398ae78
 from dataclasses import dataclass, replace
@@ -42,10 +42,13 @@ class Errors:
         return {name: int(number[i]) for i, name in enumerate(KINDS)} | {"missed": int(self.missed.sum())}
 
 # %% ../../nbs/evaluate/44_errors.ipynb #afb0f747
-def _any_class(
-    detections: Detections, annotations: Annotations, rows: np.ndarray, iou_threshold: float
-) -> tuple[Pairs, Detections, Annotations]:
-    "Pairs of some detections with objects of any class, and both tables as if there were one class."
+def any_class(
+    detections: Detections,
+    annotations: Annotations,
+    rows: np.ndarray,  # k, int64: the detections that are asked about
+    iou_threshold: float,  # The lowest overlap of interest, above 0
+) -> tuple[Pairs, Detections, Annotations]:  # Pairs speak of places in `rows`; both tables as if of one class
+    "Pairs of some detections with objects of any class, crowd regions left out."
     some = replace(detections.keep(rows), labels=np.zeros(len(rows), np.int32), class_names=("any",))
     there = replace(annotations, labels=np.zeros_like(annotations.labels), class_names=("any",), category_ids=())
     pairs = find_pairs(some, there, iou_threshold, max(len(rows), 1))
@@ -82,7 +85,7 @@ def find_errors(
     rows = high[(matches.truth < 0) & ~matches.ignored]
     kind[rows], truth[rows], iou[rows] = _kinds(detections, annotations, rows, iou_threshold, background_iou)
     right = kind == IS_RIGHT
-    iou[right] = _paired(detections.boxes_xyxy[right], annotations.boxes_xyxy[truth[right]])
+    iou[right] = overlap_of(detections.boxes_xyxy[right], annotations.boxes_xyxy[truth[right]])
     has = np.zeros(len(annotations.labels), bool)
     has[truth[np.isin(kind, (LOCALISATION, CLASSIFICATION))]] = True
     missing = ~matches.found & ~annotations.iscrowd
@@ -93,7 +96,7 @@ def _kinds(
     detections: Detections, annotations: Annotations, rows: np.ndarray, iou_threshold: float, background_iou: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Kind, object and overlap of wrong detections."
-    pairs, _, _ = _any_class(detections, annotations, rows, background_iou)
+    pairs, _, _ = any_class(detections, annotations, rows, background_iou)
     same = detections.labels[rows][pairs.detection] == annotations.labels[pairs.truth]
     own_iou, own = _best(pairs, same, len(rows))
     other_iou, other = _best(pairs, ~same, len(rows))
@@ -111,8 +114,11 @@ def _kinds(
     return kind, truth, iou
 
 
-def _paired(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    "IoU row by row."
+def overlap_of(
+    a: np.ndarray,  # n 4, xyxy
+    b: np.ndarray,  # n 4, xyxy
+) -> np.ndarray:  # n, 0..1
+    "IoU row by row, without torch, which takes seconds to import."
     side = np.clip(np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]), 0, None).prod(1)
     areas = [(x[:, 2:] - x[:, :2]).prod(1) for x in (a, b)]
     return side / np.maximum(areas[0] + areas[1] - side, 1e-9)
@@ -129,7 +135,7 @@ def confusion_matrix(
     detections = detections.above(score_threshold)
     classes, matches = len(annotations.class_names), match_detections(detections, annotations, iou_threshold, max_dets)
     rows = np.flatnonzero((matches.truth < 0) & ~matches.ignored)
-    pairs, some, there = _any_class(detections, annotations, rows, iou_threshold)
+    pairs, some, there = any_class(detections, annotations, rows, iou_threshold)
     free = ~matches.found[pairs.truth]
     pairs = Pairs(pairs.detection[free], pairs.truth[free], pairs.iou[free])
     taken, truth = take_turns(pairs, some, there, (iou_threshold,)), matches.truth.copy()
