@@ -29,10 +29,10 @@ def free_port() -> int:
 
 def page_of(address: str, process: subprocess.Popen) -> str:
     """What a server says, once it does."""
-    for _ in range(480):
+    for _ in range(720):  # longer than `neo errors --serve` waits itself
         assert process.poll() is None, process.stdout.read()
         try:
             return urllib.request.urlopen(address, timeout=5).read().decode()
         except OSError:
             time.sleep(0.5)
-    raise AssertionError(f"nothing was served at {address} within four minutes")
+    raise AssertionError(f"nothing was served at {address} within six minutes")
