@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% ../nbs/72j_logo_verbs.ipynb #c13c031d
-_COLUMNS = ("F1", "precision", "recall", "AP", "AP tiny", "AP small", "AP medium", "AP large")
+_COLUMNS = ("F1", "precision", "recall", "AP50", "AP", "AP tiny", "AP small", "AP medium", "AP large")
 
 
 def steps_table(
@@ -41,6 +41,11 @@ def verdicts(
 ) -> list[str]:  # A line a step that can be judged
     "What each step brought, held against the step that had the same start and the same time."
     scores, lines = rows.pivot(index="seed", columns="step", values="F1"), []
+    areas = rows.pivot(index="seed", columns="step", values="AP50")
+
+    def change(name: str, against: str) -> str:
+        return f"{(areas[name] - areas[against]).mean():+.3f}"
+
     for name in rows.step.unique():
         against = STEPS[name].against
         if against not in scores:
@@ -53,7 +58,7 @@ def verdicts(
         else:
             word = "undecided: the seeds disagree" if len(gap) > 1 else "one seed decides nothing"
         spread = f", from {gap.min():+.3f} to {gap.max():+.3f} over {len(gap)} seeds" if len(gap) > 1 else ""
-        lines.append(f"{name} against {against}: F1 {gap.mean():+.3f}{spread}; {word}")
+        lines.append(f"{name} against {against}: F1 {gap.mean():+.3f}{spread}; {word} (AP50 {change(name, against)})")
     return lines
 
 # %% ../nbs/72j_logo_verbs.ipynb #3e12d04c
