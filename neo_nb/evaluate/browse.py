@@ -16,10 +16,8 @@ import numpy as np
 from ..annotations import Annotations
 from ..core import InputError
 from ..detections import Detections
-from .compare import image_counts
-from .documents import register_evaluation, write_documents
-from .doubts import find_doubts
-from .errors import IS_RIGHT, KINDS, NOT_COUNTED, find_errors
+from .documents import find_all, register_evaluation, write_documents
+from .errors import IS_RIGHT, KINDS, NOT_COUNTED
 
 # %% ../../nbs/evaluate/47b_browse.ipynb #74bc57bf
 def _save_views(fo: Any, dataset: Any) -> None:
@@ -66,19 +64,19 @@ def make_dataset(
     "Truth, predictions, evaluation, sizes and saved views. Raises `InputError` without images."
     if not len(annotations):
         raise InputError("no images, so there is nothing to browse", annotations.name or name)
-    errors = find_errors(detections, annotations, iou_threshold, threshold, max_dets=max_dets)
-    counts = image_counts(detections, annotations, threshold, iou_threshold, max_dets)
+    findings = find_all(detections, annotations, threshold, iou_threshold, max_dets)
     tagged = collect_tags(fo.load_dataset(name)) if fo.dataset_exists(name) else []
     dataset = fo.Dataset(f"{name} unfinished", persistent=True, overwrite=True)
     try:
-        doubts = find_doubts(detections, annotations, errors, iou_threshold)
-        matches = write_documents(fo, dataset, detections, annotations, errors, doubts, counts)
+        matches = write_documents(fo, dataset, findings)
         register_evaluation(dataset, matches, iou_threshold)
         if features is not None:
             _map(dataset, features)
-        dataset.info = {"threshold": threshold, "iou_threshold": iou_threshold, "counts": errors.counts()} | dict(
-            info or {}
-        )
+        dataset.info = {
+            "threshold": threshold,
+            "iou_threshold": iou_threshold,
+            "counts": findings.errors.counts(),
+        } | dict(info or {})
         colours = [{"path": "ground_truth", "fieldColor": "#17803d"}, {"path": "predictions", "fieldColor": "#e00000"}]
         dataset.app_config.color_scheme = fo.ColorScheme(color_by="field", fields=colours)
         _save_views(fo, dataset)
