@@ -33,4 +33,4 @@ step "chapters"
 nbdev-test --n-workers 2
 
 step "tests"
-python -m pytest -q -ra -n 2 --dist loadfile
+python -m pytest -q -ra -n 2 --dist loadfile --no-loadscope-reorder # else the long files, of few tests, come last
