@@ -8,6 +8,7 @@
 __all__ = ['PATIENCE', 'errors', 'compare']
 
 # %% ../nbs/72g_browse.ipynb #b5446dbc
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,19 @@ def _serve(name: str, port: int) -> Result:
         return Result(f"FiftyOne's server ended by itself, exit status {status}", status=1)
     except KeyboardInterrupt:
         return Result()
+    finally:
+        _end(server)
+
+
+def _end(server: Any, patience: float = 10.0) -> None:
+    "Ask the server to end, then make it: an open page must not keep the command from ending."
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        processes = [*server.child.children(recursive=True), server.child]
+        server.child.stdin.close()
+        for process in psutil.wait_procs(processes, patience)[1]:
+            process.kill()
 
 # %% ../nbs/72g_browse.ipynb #48c9c942
 def compare(

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -18,7 +19,10 @@ def neo(*words: str, wait: bool = True, cwd: Path | None = None, **environment: 
     known["PYTHONPATH"] = f"{ROOT}:{known.get('PYTHONPATH', '')}"
     if wait:
         return subprocess.run(command, capture_output=True, text=True, env=known, timeout=900, cwd=cwd)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=known, cwd=cwd)
+    said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads is full some day, and then a server stands still
+    process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, env=known, cwd=cwd)
+    process.stdout = said
+    return process
 
 
 def free_port() -> int:
@@ -30,7 +34,9 @@ def free_port() -> int:
 def page_of(address: str, process: subprocess.Popen) -> str:
     """What a server says, once it does."""
     for _ in range(720):  # longer than `neo errors --serve` waits itself
-        assert process.poll() is None, process.stdout.read()
+        if process.poll() is not None:
+            process.stdout.seek(0)
+            raise AssertionError(process.stdout.read())
         try:
             return urllib.request.urlopen(address, timeout=5).read().decode()
         except OSError:

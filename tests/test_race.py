@@ -128,7 +128,7 @@ def test_the_schedule_ends_when_the_time_does(tmp_path):
     assert lr_factor(racer.position["step"] - 1, racer.total, config) < config.gamma + 0.05
     share = plain.index(True) / len(plain)
     assert 0.6 < share < 0.9 and all(plain[plain.index(True) :]), share
-    assert racer.ema.ramp == pytest.approx(config.ema_warmup * racer.total)
+    assert racer.ema.ramp == pytest.approx(max(config.ema_warmup * racer.total, 1))  # a slow machine has few updates
 
 
 def test_a_race_that_was_cut_leaves_nothing_half_and_goes_on(few, tmp_path):
