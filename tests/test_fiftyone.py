@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +34,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # FiftyOn
 def fo(tmp_path_factory):
     """FiftyOne on a database of this module alone."""
     return database.open_database(tmp_path_factory.mktemp("database"))
+
+
+@needs_database
+def test_another_folder_is_another_database(fo, tmp_path):
+    fo.Dataset("of this folder alone")
+    code = "import sys; from neo_nb.evaluate.database import open_database; print(open_database(sys.argv[1]).list_datasets())"
+    known = {k: v for k, v in os.environ.items() if not k.startswith("FIFTYONE")} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "db"], capture_output=True, text=True, env=known)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+    assert "of this folder alone" in fo.list_datasets()
 
 
 def labels(dataset, path: str, *names: str) -> list[tuple]:

@@ -101,6 +101,10 @@ def open_database(
     if not os.environ.get("FIFTYONE_DATABASE_URI") and Path(fiftyone.config.database_dir) != home:
         what = f"FiftyOne is open on {fiftyone.config.database_dir} in this process"
         raise InputError(what, home, "a process has one database: start another, or restart the kernel")
+    if not os.environ.get("FIFTYONE_DATABASE_URI"):
+        from fiftyone.core.service import DatabaseService
+
+        DatabaseService.service_name = f"db-{home}"  # else it joins any database of this user, on whatever folder
     _wake(fiftyone, home)
     return fiftyone
 
