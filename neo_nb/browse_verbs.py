@@ -65,7 +65,7 @@ def _pull(fo: Any, of: Path) -> Result:
     lines = [f"{len(tags[tag]):5}  images {tag}" for tag in TAGS]
     return Result("\n".join([*lines, f"{len(tags['boxes']):5}  boxes", near(of / "tags.json")]), tags)
 
-
+# %% ../nbs/72g_browse.ipynb #ef724e90
 PATIENCE = 300  # Seconds for the App's server; FiftyOne's own minute is short on a busy machine
 
 
