@@ -19,7 +19,7 @@ def neo(*words: str, wait: bool = True, cwd: Path | None = None, **environment: 
     known["PYTHONPATH"] = f"{ROOT}:{known.get('PYTHONPATH', '')}"
     if wait:
         return subprocess.run(command, capture_output=True, text=True, env=known, timeout=900, cwd=cwd)
-    said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads is full some day, and then a server stands still
+    said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads may fill up, and a server then waits
     process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, env=known, cwd=cwd)
     process.stdout = said
     return process
