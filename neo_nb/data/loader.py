@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader
 from ..annotations import Annotations
 from ..boxes import degenerate
 from ..core import InputError, derive_seed
-from .batch import Batch, Targets, check_size, fit, pad_to, to_network
+from .batch import Batch, Resize, Targets, check_size, fit, pad_to, to_network
 from .mosaic import mixup, mosaic
 from .order import Order, epoch_length
-from .transforms import Policy, Sample, get_policy, make_transform, resize, stack
+from .transforms import Policy, Sample, get_policy, make_transform, resize_image, stack
 
 # %% ../../nbs/data/19_loader.ipynb #b3deeff9
 cv2.utils.logging.setLogLevel(
@@ -124,6 +124,7 @@ class Items:
     mosaic: float = 0.0
     mixup: float = 0.0
     max_objects: int | None = None
+    resize: Resize = "letterbox"
 
     def sample(self, epoch: int, row: int, size: tuple[int, int], copy: int = 0) -> Sample:
         "One view, a pure function of its arguments and the seed."
@@ -131,7 +132,9 @@ class Items:
         draw, again, *seeds = rng.uniform(), rng.uniform(), *map(int, rng.integers(2**32, size=3))
         others = rng.integers(len(self.read.table), size=4)
         if draw < self.mosaic:
-            made = mosaic([self.read(r) for r in (row, *map(int, others[:3]))], size, self.policy, seeds[0])
+            made = mosaic(
+                [self.read(r) for r in (row, *map(int, others[:3]))], size, self.policy, seeds[0], self.resize
+            )
         else:
             made = self._single(row, size, seeds[0])
         if again < self.mixup:
@@ -141,7 +144,9 @@ class Items:
 
     def _single(self, row: int, size: tuple[int, int], seed: int) -> Sample:
         known = self.read(row)
-        return make_transform(self.policy, size)(known.image, known.boxes, known.labels, known.iscrowd, seed)
+        return make_transform(self.policy, size, self.resize)(
+            known.image, known.boxes, known.labels, known.iscrowd, seed
+        )
 
     def __getitems__(self, keys: list[tuple[int, int, int, int, int]]) -> dict:
         "The batch of these keys; an `InputError` is returned as its parts."
@@ -161,9 +166,10 @@ def pack(
 ) -> dict:
     "A batch as one tensor and a few arrays."
     sizes = [s.image.shape[:2] for s in samples]
-    boxes = [to_network(s.boxes, size, size, pad_to(size, divisor)) for s, size in zip(samples, sizes)]
+    frame = pad_to(size, divisor)
+    boxes = [to_network(s.boxes, content, content, frame) for s, content in zip(samples, sizes)]
     return {
-        "images": stack([s.image for s in samples], pad_to(size, divisor)),
+        "images": stack([s.image for s in samples], frame),
         "sizes": np.array(sizes),
         "rows": np.array(rows),
         "counts": np.array([len(s.boxes) for s in samples]),
@@ -171,6 +177,7 @@ def pack(
         "labels": np.concatenate([s.labels for s in samples]).astype(np.int64),
         "iscrowd": np.concatenate([s.iscrowd for s in samples]),
         "dropped": sum(s.dropped for s in samples),
+        "hidden": sum(s.hidden for s in samples),
     }
 
 
@@ -201,7 +208,9 @@ class Loader:
     size: tuple[int, int]  # (height, width) of the content; with several sizes, the one to validate at
     workers: int = 0
     notes: list[str] = field(default_factory=list)  # What was left out, cut, or is unusual
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("images", "objects", "dropped"), 0))
+    counts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("images", "objects", "dropped", "hidden"), 0)
+    )
 
     def __post_init__(self):
         area = max(h * w for h, w in (pad_to(s, self.items.divisor) for s in self.order.sizes))
@@ -232,7 +241,8 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         for packed in self._loader:
             batch = unpack(packed, self.annotations.sizes)
-            new = {"images": len(batch), "objects": sum(map(len, batch.targets)), "dropped": packed["dropped"]}
+            new = {"images": len(batch), "objects": sum(map(len, batch.targets))}
+            new |= {key: packed[key] for key in ("dropped", "hidden")}
             self.counts = {key: self.counts[key] + new[key] for key in new}
             yield batch
 
@@ -281,9 +291,9 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 # %% ../../nbs/data/19_loader.ipynb #d9154619
-def _cached(table: Annotations, size: tuple[int, int], limit: float) -> tuple[dict | None, str]:
+def _cached(table: Annotations, size: tuple[int, int], limit: float, resize: Resize) -> tuple[dict | None, str]:
     "All images, scaled to fit `size`, in one array that workers share; None when it would exceed `limit` GiB."
-    sizes = np.array([fit((int(h), int(w)), size) for h, w in table.sizes]).reshape(-1, 2)
+    sizes = np.array([fit((int(h), int(w)), size, resize) for h, w in table.sizes]).reshape(-1, 2)
     sizes = np.minimum(sizes, table.sizes)  # never larger than the file
     places = np.concatenate([[0], np.cumsum(sizes.prod(1) * 3)])
     gib = places[-1] / 2**30
@@ -292,7 +302,7 @@ def _cached(table: Annotations, size: tuple[int, int], limit: float) -> tuple[di
     pixels, read = np.empty(places[-1], np.uint8), ImageReader(table)
 
     def store(row: int) -> None:
-        small = resize(read(row).image, tuple(sizes[row].tolist()))
+        small = resize_image(read(row).image, tuple(sizes[row].tolist()))
         pixels[places[row] : places[row + 1]] = small.ravel()
 
     with ThreadPoolExecutor(min(8, multiprocessing.cpu_count())) as pool:
@@ -321,6 +331,7 @@ def make_loader(
     mosaic: float = 0.0,  # Probability of four images in one
     mixup: float = 0.0,  # Probability of a second image blended in
     max_objects: int | None = None,  # A mosaic or blend with more objects gives way to its one image
+    resize: Resize = "letterbox",  # How an image is brought to `size`, as in `fit`
     cache: bool = False,  # Keep the scaled images in memory
     cache_gib: float = 2.0,  # … unless that takes more than this
     drop_last: bool = False,  # Leave out the last batch of an epoch when it is not full
@@ -336,14 +347,14 @@ def make_loader(
     policy = get_policy(policy)
     table, notes = usable(annotations)
     across = _across(table, size)
-    if across:
+    if across and resize == "letterbox":
         notes.append(f"{across:,} of {len(table):,} images stand across the size {size[0]} x {size[1]}: padded")
     stored = None
     if cache:
         largest = (max(s[0] for s in scales), max(s[1] for s in scales))
-        stored, note = _cached(table, largest, cache_gib)
+        stored, note = _cached(table, largest, cache_gib, resize)
         notes.append(note)
-    items = Items(ImageReader(table, stored), policy, divisor, seed, mosaic, mixup, max_objects)
+    items = Items(ImageReader(table, stored), policy, divisor, seed, mosaic, mixup, max_objects, resize)
     weights = table.weights if shuffle and (table.weights != 1).any() else None
     if weights is not None and not epoch_length(weights):
         raise InputError("the weights of all images are 0: nothing would be drawn", annotations.name or None)

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from ..core import InputError
-from .batch import fit
+from .batch import Resize, fit
 from .transforms import Policy, Sample, flips, get_policy, look
 
 # %% ../../nbs/data/18b_mosaic.ipynb #4c1d7ab6
@@ -24,10 +24,11 @@ def _quarter(
     size: tuple[int, int],  # (height, width) of the whole view
     policy: Policy,
     rng: np.random.Generator,
+    resize: Resize,
 ) -> Sample:
     "A window into one image, as large as the quarter."
     h0, w0 = sample.image.shape[:2]
-    content = fit((h0, w0), size)
+    content = fit((h0, w0), size, resize)
     fills = min(1.0, max(quarter[0] / content[0], quarter[1] / content[1]))
     scale = rng.uniform(fills, 1)
     free = np.array([quarter[1] - scale * content[1], quarter[0] - scale * content[0]])  # what is left; often < 0
@@ -41,6 +42,7 @@ def mosaic(
     size: tuple[int, int],  # (height, width) of the network's content area
     policy: str | Policy,
     seed: int,
+    resize: Resize = "letterbox",  # As in `fit`
 ) -> Sample:
     "Four images around a random centre."
     if len(samples) != 4:
@@ -51,7 +53,7 @@ def mosaic(
     parts = []
     for sample, (top, left) in zip(samples, [(0, 0), (0, x), (y, 0), (y, x)]):
         quarter = (size[0] - y if top else y, size[1] - x if left else x)
-        part = _quarter(sample, quarter, size, policy, rng)
+        part = _quarter(sample, quarter, size, policy, rng, resize)
         image[top : top + quarter[0], left : left + quarter[1]] = part.image
         parts.append((part, part.boxes + np.float32([left, top, left, top])))
     return _joined(image, parts)
@@ -59,8 +61,9 @@ def mosaic(
 
 def _joined(image: np.ndarray, parts: list[tuple[Sample, np.ndarray]]) -> Sample:
     "One sample of several samples' objects, with their boxes as they lie in `image`."
+    counts = (sum(getattr(p, key) for p, _ in parts) for key in ("dropped", "hidden"))
     labels, iscrowd = (np.concatenate([getattr(p, key) for p, _ in parts]) for key in ("labels", "iscrowd"))
-    return Sample(image, np.concatenate([b for _, b in parts]), labels, iscrowd, sum(p.dropped for p, _ in parts))
+    return Sample(image, np.concatenate([b for _, b in parts]), labels, iscrowd, *counts)
 
 # %% ../../nbs/data/18b_mosaic.ipynb #710a9f46
 def mixup(

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..annotations import Annotations
 from ..core import InputError
-from ..data.batch import Batch, check_size, pad_to
+from ..data.batch import Batch, Resize, check_size, pad_to
 from ..data.loader import make_loader
 from ..data.transforms import prepare
 from ..detections import Detections, concat
@@ -41,6 +41,7 @@ class Artifact:
         self.record, self.size, self.batch = record, check_size(size), batch
         self.class_names, self.category_ids = tuple(record["class_names"]), tuple(record["category_ids"])
         self.divisor: int = record["contract"]["divisor"]
+        self.resize: Resize = record["contract"].get("resize", "letterbox")  # older records know no other
         self.num_queries: int = record["config"]["num_queries"]
 
     def __repr__(self) -> str:
@@ -77,7 +78,7 @@ def call(
     step = self.batch or batch_size or 8
     parts = [_nothing(self, len(images))]
     for start in range(0, len(images), step):
-        batch = prepare(images[start : start + step], self.size, self.divisor)
+        batch = prepare(images[start : start + step], self.size, self.divisor, self.resize)
         rows = torch.arange(start, start + len(batch))
         parts.append(self.detect(Batch(batch.images, batch.sizes, batch.original_sizes, rows), len(images)))
     return concat(parts)
@@ -94,7 +95,8 @@ def predict(
     step = self.batch or batch_size or 8
     # the boxes play no part here, and what is wrong with them is for others to say
     table = annotations.select_boxes(np.zeros(len(annotations.labels), bool))
-    loader = make_loader(table, size=self.size, divisor=self.divisor, batch_size=step, workers=workers, quiet=True)
+    shape = {"size": self.size, "divisor": self.divisor, "resize": self.resize}
+    loader = make_loader(table, **shape, batch_size=step, workers=workers, quiet=True)
     parts = [_nothing(self, len(annotations))]
     with tqdm(total=len(annotations), desc="predict", unit="image", disable=not progress, leave=False) as bar:
         for batch in loader if len(annotations) else ():
@@ -163,7 +165,7 @@ class OnnxArtifact(Artifact):
             raise InputError(f"the record says size {self.size}, the network takes {padded}", path, "export it again")
 
     def run(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        feed = {key: getattr(batch, key).numpy() for key in INPUTS}
+        feed = {key: np.ascontiguousarray(getattr(batch, key).numpy()) for key in INPUTS}
         step = self.batch or len(batch)
         parts = []
         for start in range(0, len(batch), step):

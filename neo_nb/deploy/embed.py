@@ -17,7 +17,6 @@ from torchvision.ops import roi_align
 
 from ..annotations import Annotations
 from ..core import InputError
-from ..data.batch import Batch, pad_to
 from ..data.tiles import Regions
 from ..data.transforms import prepare
 from .artifact import Artifact
@@ -27,34 +26,21 @@ from ..detections import Detections
 def _network(detector: Artifact) -> torch.nn.Module:
     "The torch network behind an artifact."
     network = getattr(getattr(detector, "inner", detector), "network", None)
-    if not all(hasattr(network, part) for part in ("backbone", "encoder", "normalise")):
+    if not hasattr(network, "encode"):
         what = f"an artifact of kind {detector.kind} gives boxes and no features"
         raise InputError(what, detector.record.get("model"), "use the run it was exported from, or its .safetensors")
     return network
 
-
-def _maps(network: torch.nn.Module, batch: Batch, rows: list[int], canvas: tuple[int, int]) -> list[Tensor]:
-    "The encoder's maps of images that share one canvas; what lies in the padding is 0, as when it detects."
-    from neo_nb.models.hybrid_encoder import Frame
-
-    device = next(network.parameters()).device
-    height, width = canvas
-    x = network.normalise(batch.images[rows][..., :height, :width].to(device))
-    frame = Frame(batch.sizes[rows].to(device), canvas, network.contract.divisor)
-    x = (x * frame.valid([canvas]).unflatten(1, canvas)[:, None]).contiguous(memory_format=torch.channels_last)
-    maps = network.backbone(x)
-    return network.encoder(maps, frame.valid([tuple(maps[-1].shape[-2:])]))
-
 # %% ../../nbs/deploy/66_embed.ipynb #10ee32a7
 def pooled(
-    maps: list[Tensor],  # (b, c, h, w) each, of one canvas
-    boxes: Float[Tensor, "m 5"],  # Row of the batch, then xyxy in pixels of the canvas
-    canvas: tuple[int, int],  # (height, width)
+    maps: list[Tensor],  # (b, c, h, w) each
+    boxes: Float[Tensor, "m 5"],  # Row of the batch, then xyxy in pixels of the frame
+    frame: tuple[int, int],  # (height, width)
 ) -> Float[Tensor, "m d"]:  # d: the channels of all levels together
     "The mean of each level inside each box, as unit vectors."
     levels = []
     for x in maps:
-        scale = x.shape[-1] / canvas[1]
+        scale = x.shape[-1] / frame[1]
         means = roi_align(x.float().contiguous(), boxes, (1, 1), scale, aligned=True).flatten(1)
         levels.append(F.normalize(means, dim=1))
     return F.normalize(torch.cat(levels, 1), dim=1)
@@ -85,6 +71,7 @@ def _embed(
 ) -> np.ndarray:
     "Vectors of boxes that are sorted by image: image i has rows offsets[i]:offsets[i + 1]."
     network = _network(detector)
+    device = next(network.parameters()).device
     vectors = np.zeros((len(boxes), _width(network)), np.float32)
     views, regions, at = _views(detector, annotations, boxes, offsets), None, -1
     for start in range(0, len(views), batch_size):
@@ -94,19 +81,15 @@ def _embed(
                 known = annotations.of(row)
                 regions, at = Regions(known.path, known.size), row
             parts.append(regions.read(window))
-        batch = prepare(parts, detector.size, detector.divisor)
-        groups: dict[tuple[int, int], list[int]] = {}
-        for number, size in enumerate(batch.sizes.tolist()):
-            groups.setdefault(pad_to(tuple(size), detector.divisor), []).append(number)
-        for canvas, numbers in groups.items():
-            which = np.concatenate([some[number][2] for number in numbers])
-            where = np.repeat(np.arange(len(numbers)), [len(some[number][2]) for number in numbers])
-            shift = np.array([some[number][1][:2] for number in numbers], np.float32)
-            scale = (batch.sizes[numbers] / batch.original_sizes[numbers]).flip(-1).numpy()
-            corners = (boxes[which] - np.tile(shift, 2)[where]) * np.tile(scale, 2)[where]
-            rois = torch.from_numpy(np.concatenate([where[:, None], corners], 1).astype(np.float32))
-            maps = _maps(network, batch, numbers, canvas)
-            vectors[which] = pooled(maps, rois.to(maps[0].device), canvas).cpu().numpy()
+        batch = prepare(parts, detector.size, detector.divisor, detector.resize)
+        which = np.concatenate([rows for _, _, rows in some])
+        where = np.repeat(np.arange(len(some)), [len(rows) for _, _, rows in some])
+        shift = np.array([window[:2] for _, window, _ in some], np.float32)
+        scale = (batch.sizes / batch.original_sizes).flip(-1).numpy()
+        corners = (boxes[which] - np.tile(shift, 2)[where]) * np.tile(scale, 2)[where]
+        rois = torch.from_numpy(np.concatenate([where[:, None], corners], 1).astype(np.float32))
+        maps, frame, _ = network.encode(batch.images.to(device), batch.sizes.to(device))
+        vectors[which] = pooled(maps, rois.to(device), frame).cpu().numpy()
     return vectors
 
 # %% ../../nbs/deploy/66_embed.ipynb #1a591b7a

@@ -43,7 +43,8 @@ def input_table(record: dict) -> str:
         "padding": "with 0, at the bottom and the right, after normalisation; nothing is detected there",
         "values": "uint8 0..255, or float 0..1",
         "mean, std": f"{_numbers(contract['mean'])} and {_numbers(contract['std'])}, on 0..1, by channel",
-        "colour order": contract["color"].upper(),
+        "colour order": "RGB",
+        "resize": contract["resize"],
     }
     return "\n".join(["| input | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
 

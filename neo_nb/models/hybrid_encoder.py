@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from ..data.batch import canvas_sizes
 from .layers import ConvNorm, CspRepLayer, SelfAttention, checkpointed, position_embedding
 
 # %% ../../nbs/models/32_hybrid_encoder.ipynb #94e47bf7
@@ -37,20 +36,14 @@ def valid_tokens(
 # %% ../../nbs/models/32_hybrid_encoder.ipynb #f6ac1be3
 @dataclass(frozen=True)
 class Frame:
-    "Where the pictures of a batch lie in its padded input."
+    "Where the images of a batch lie in the padded network input."
 
-    sizes: Int64[Tensor, "b 2"]  # (height, width) of the content
+    sizes: Int64[Tensor, "b 2"]  # (height, width) of the content, top left
     padded: tuple[int, int]  # (height, width) of the network input
-    divisor: int  # Content padded to it is a picture's canvas
 
     def valid(self, shapes: list[tuple[int, int]]) -> Bool[Tensor, "b t"]:
-        "Which tokens of these maps have their centre in the picture."
+        "Which tokens of these maps have their centre in the image."
         return valid_tokens(self.sizes, shapes, self.padded)
-
-    def share(self) -> Float[Tensor, "b 2"]:
-        "Canvas by input as (x, y): what fractions of the canvas are multiplied by to be fractions of the input."
-        whole = torch.tensor(self.padded, device=self.sizes.device)
-        return (canvas_sizes(self.sizes, self.divisor) / whole).flip(-1)
 
 # %% ../../nbs/models/32_hybrid_encoder.ipynb #1d54878c
 class Aifi(nn.Module):

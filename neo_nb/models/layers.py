@@ -6,8 +6,8 @@ The bricks of the detectors: convolution blocks, a position embedding for any he
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'ConvNorm', 'RepVggBlock', 'CspRepLayer', 'Mlp', 'remembered', 'position_embedding', 'SelfAttention',
-           'DeformableAttention', 'forward', 'values', 'bilinear', 'nearest_tokens', 'sample', 'inverse_sigmoid',
-           'checkpointed']
+           'own_precision', 'DeformableAttention', 'forward', 'places', 'values', 'bilinear', 'nearest_tokens',
+           'sample', 'inverse_sigmoid', 'checkpointed']
 
 # %% ../../nbs/models/30_layers.ipynb #a263dfaf
 import math
@@ -173,6 +173,18 @@ class SelfAttention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
+# %% ../../nbs/models/30_layers.ipynb #f10866f3
+def own_precision(
+    layer: nn.Module,
+    x: Tensor,
+) -> Tensor:  # In the precision of the weights
+    "Call a layer in the precision of its weights, whatever autocast says."
+    x = x.to(next(layer.parameters()).dtype)
+    if not torch.is_autocast_enabled(x.device.type):
+        return layer(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x)
+
 # %% ../../nbs/models/30_layers.ipynb #5464c73c
 class DeformableAttention(nn.Module):
     "Each query samples some places on each level, per head, around its reference box."
@@ -215,21 +227,26 @@ class DeformableAttention(nn.Module):
 def forward(
     self: DeformableAttention,
     query: Float[Tensor, "b q d"],  # With its position
-    reference: Float[Tensor, "b q 4"],  # cxcywh, fractions of each picture's canvas
+    reference: Float[Tensor, "b q 4"],  # cxcywh, fractions of the frame
     memory: Float[Tensor, "b t d"] | list[Tensor],  # Tokens of all levels; once deployed, the maps they came from
     shapes: list[tuple[int, int]],  # (height, width) of each level
     valid: Bool[Tensor, "b t"] | None = None,  # False in the padding, whose values are taken as 0
-    share: Float[Tensor, "b 2"] | None = None,  # Canvas by network input, (x, y); 1 when None
 ) -> Float[Tensor, "b q d"]:
-    maps = self.values(memory, shapes, valid)
-    offsets = self.offsets(query).unflatten(-1, (self.heads, -1, 2)).float()
+    maps, places = self.values(memory, shapes, valid), self.places(query, reference)
     weights = self.weights(query).unflatten(-1, (self.heads, -1)).float().softmax(-1)
-    centre, size = (part[:, :, None, None].float() for part in reference.split(2, -1))
-    places = centre + offsets * (size * self.scale)
-    if share is not None:
-        places = places * share[:, None, None, None]
     pick = nearest_tokens if self.sampling == "discrete" else bilinear
-    return self.out(sample(maps, places, weights, self.points, pick))
+    return self.out(sample(maps, places, weights, self.points, pick).to(query.dtype))
+
+
+def places(
+    self: DeformableAttention,
+    query: Float[Tensor, "b q d"],
+    reference: Float[Tensor, "b q 4"],  # cxcywh, fractions of the frame
+) -> Float[Tensor, "b q heads p 2"]:  # x, y as fractions of the frame, float32
+    "Where each head of each query looks."
+    offsets = own_precision(self.offsets, query).unflatten(-1, (self.heads, -1, 2)).float()
+    centre, size = (part[:, :, None, None].float() for part in reference.split(2, -1))
+    return centre + offsets * (size * self.scale)
 
 
 def values(
@@ -250,7 +267,7 @@ def values(
     return [x.unflatten(1, (self.heads, -1)).flatten(0, 1) for x in maps]
 
 
-DeformableAttention.forward, DeformableAttention.values = forward, values
+DeformableAttention.forward, DeformableAttention.values, DeformableAttention.places = forward, values, places
 
 # %% ../../nbs/models/30_layers.ipynb #0dee7503
 def bilinear(
@@ -258,7 +275,7 @@ def bilinear(
     places: Float[Tensor, "n q p 2"],  # x, y, 0..1
 ) -> Float[Tensor, "n d q p"]:
     "Between four tokens; outside the map is 0."
-    return F.grid_sample(part, 2 * places - 1, align_corners=False)
+    return F.grid_sample(part.to(places.dtype), 2 * places - 1, align_corners=False)
 
 
 def nearest_tokens(
@@ -282,8 +299,8 @@ def sample(
 ) -> Float[Tensor, "b q d"]:
     "Samples of every head and level, weighted and summed."
     batch, queries, heads = places.shape[:3]
-    places = places.to(maps[0].dtype).transpose(1, 2).flatten(0, 1)  # (b * heads, q, p, 2)
-    weights = weights.to(maps[0].dtype).transpose(1, 2).flatten(0, 1)[:, None]
+    places = places.transpose(1, 2).flatten(0, 1)  # (b * heads, q, p, 2); bfloat16 would move them by whole tokens
+    weights = weights.transpose(1, 2).flatten(0, 1)[:, None]
     found = 0
     for part, at, weight in zip(maps, places.split(points, 2), weights.split(points, 3)):
         found = found + (pick(part, at) * weight).sum(-1)

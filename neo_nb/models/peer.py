@@ -20,7 +20,6 @@ from ..core import InputError, pick
 from ..data.batch import Targets
 from .backbones import RESNETS, Bottleneck
 from .hgnet import HGNETS
-from .hybrid_encoder import Frame
 from .rtdetr import RTDETR, InputContract, Outputs, RTDETRConfig
 from .zoo import VARIANTS
 
@@ -156,15 +155,12 @@ def forward(
 ) -> PeerOutputs:
     "Detect; in training, the terms of the loss come along."
     x = self.normalise(images).contiguous(memory_format=torch.channels_last)
-    padded, share = (x.shape[-2], x.shape[-1]), x.new_ones(1, 4)
-    if sizes is not None:  # boxes are fractions of a picture's canvas; theirs, of the whole input
-        share = Frame(sizes, padded, self.contract.divisor).share().repeat(1, 2)
+    padded = (x.shape[-2], x.shape[-1])
     labels = None
     if self.training and targets is not None:
-        rows = share.expand(len(x), 4)
-        labels = [{"class_labels": t.labels, "boxes": t.boxes * row} for t, row in zip(targets, rows)]
+        labels = [{"class_labels": t.labels, "boxes": t.boxes} for t in targets]
     out = self.peer(pixel_values=x, labels=labels)
-    return PeerOutputs(out.logits, out.pred_boxes / share[:, None], padded, terms=out.loss_dict)
+    return PeerOutputs(out.logits, out.pred_boxes, padded, terms=out.loss_dict)
 
 
 def loss(

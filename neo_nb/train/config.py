@@ -31,6 +31,9 @@ class ModelSettings(BaseModel):
     size: tuple[int, int] | None = Field(
         None, description="(height, width) of the content, pixels; None: from the data"
     )
+    resize: Literal["letterbox", "stretch"] = Field(
+        "letterbox", description="how images are brought to size: one factor and padding, or a factor for each side"
+    )
     scales: tuple[float, ...] = Field((1.0,), description="multi-scale: factors on size, one drawn for each batch")
     policy: str = Field("mild", description="augmentation by name")
     plain_epochs: int = Field(0, ge=0, description="last epochs with flips alone: neither policy, mosaic nor mixup")

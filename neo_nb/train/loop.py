@@ -11,6 +11,7 @@ __all__ = ['NonFiniteLoss', 'Loop', 'make_accelerator', 'build_model', 'update',
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -104,6 +105,7 @@ def _train_loader(self: Loop, epoch: int) -> Loader:
         self.train_table,
         size=self.model.size,
         divisor=self.model.contract.divisor,
+        resize=self.model.contract.resize,
         batch_size=self.batch_size,
         policy=policy,
         sizes=[(round(height * s), round(width * s)) for s in c.scales],
@@ -153,7 +155,7 @@ def build_model(config: TrainConfig, table: Annotations) -> RTDETR:
     overrides |= {key: getattr(config, key) for key in ("num_queries", "backbone") if getattr(config, key)}
     names = {"class_names": table.class_names, "category_ids": table.category_ids}
     model = create_model(config.model, **names, **overrides)
-    model.criterion = Criterion(config.loss)
+    model.criterion, model.contract = Criterion(config.loss), replace(model.contract, resize=config.resize)
     model.size = check_size(config.size or size_for(table, 640))
     if config.weights:
         print(load_weights(model, config.weights))

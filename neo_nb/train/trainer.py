@@ -45,10 +45,9 @@ def predict(
     rows = np.arange(rank, len(table), world)
     part = table.select(rows)
     model = self.ema.model
-    divisor, size = model.contract.divisor, model.size
-    loader = make_loader(
-        part, size=size, divisor=divisor, batch_size=self.config.batch_size, workers=self.config.workers, quiet=True
-    )
+    shape = {"size": model.size, "divisor": model.contract.divisor, "resize": model.contract.resize}
+    settings = {"batch_size": self.config.batch_size, "workers": self.config.workers}
+    loader = make_loader(part, **shape, **settings, quiet=True)
     said = []
     for batch in loader:
         batch = batch.to(self.accelerator.device)
