@@ -100,7 +100,7 @@ def check_size(model, peer, seen, size) -> None:
         close(a, b, f"the encoder's map of stride {stride}")
     decoder, rows = model.decoder, {}
     memory, shapes = decoder.tokens(maps)
-    anchors, usable, _, _ = decoder.locate(shapes, None, memory.device)
+    anchors, usable, _ = decoder.locate(shapes, None, memory.device)
     chosen = seen["scores"].max(-1).values.topk(model.num_queries, 1).indices  # as theirs takes them
 
     def choose(logits, usable):

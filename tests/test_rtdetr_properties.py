@@ -77,16 +77,16 @@ def sizes_of(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_padding_changes_no_detection(seed):
+def test_what_the_padding_holds_and_who_shares_the_batch_changes_no_detection(seed):
     rng, model = np.random.default_rng(seed), lively(seed)
     images = [drawn(rng, *size) for size in sizes_of(rng, 3)]
     frame = tuple(max(image.shape[i] for image in images) + int(rng.integers(0, 70)) for i in (1, 2))
-    alone = [found(model, [image], tuple(image.shape[1:]))[0] for image in images]
+    alone = [found(model, [image], frame)[0] for image in images]
     assert any(len(rows) for rows in alone)
     for filling in (0, None):  # None: noise
         together = found(model, images, frame, filling)
         for one, other, image in zip(alone, together, images):
-            assert distance(one, other) < 1e-3, f"{tuple(image.shape[1:])} in {frame}, filling {filling}"
+            assert distance(one, other) < 1e-4, f"{tuple(image.shape[1:])} in {frame}, filling {filling}"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -158,7 +158,7 @@ model, images = create_model("rtdetr_nano", 3), torch.rand(1, 3, 96, 160)
 for training in (False, True):
     model.train(training)
     with torch.set_grad_enabled(training):
-        out = torch.compile(model.network, fullgraph=True, backend="eager")(images)
+        out = torch.compile(model, fullgraph=True, backend="eager")(images)
     assert out.logits.shape == (1, 100, 3)
 """
 
