@@ -17,10 +17,10 @@ from neo_nb.models.layers import ConvNorm
 SEEDS = range(6)
 
 
-def lively(seed: int = 0, **overrides) -> nn.Module:
-    "A nano whose detections depend on the picture: statistics of what it sees, disturbed; random heads and offsets."
+def lively(seed: int = 0, name: str = "rtdetr_nano", **overrides) -> nn.Module:
+    "A detector whose detections depend on the image: statistics of what it sees, disturbed; random heads and offsets."
     torch.manual_seed(seed)
-    model = create_model("rtdetr_nano", 3, num_queries=20, **overrides)
+    model = create_model(name, 3, num_queries=20, **overrides)
     norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
     with torch.no_grad():
         for norm in norms:

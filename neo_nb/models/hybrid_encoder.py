@@ -24,11 +24,12 @@ def valid_tokens(
     shapes: list[tuple[int, int]],  # (height, width) of each level
     padded: tuple[int, int],  # (height, width) of the network input
 ) -> Bool[Tensor, "b t"]:  # Levels one after the other, row by row
-    "Which tokens have their centre in the picture."
+    "Which tokens have their centre in the image, or stand in the first row or column of it."
     masks = []
     for height, width in shapes:
-        y = (torch.arange(height, device=sizes.device) + 0.5) * (padded[0] / height)
-        x = (torch.arange(width, device=sizes.device) + 0.5) * (padded[1] / width)
+        row, column = torch.arange(height, device=sizes.device), torch.arange(width, device=sizes.device)
+        y = (row + 0.5) * (padded[0] / height) * (row > 0)  # an image has a token on every level, however narrow it is
+        x = (column + 0.5) * (padded[1] / width) * (column > 0)
         inside = (y < sizes[:, :1])[:, :, None] & (x < sizes[:, 1:])[:, None]
         masks.append(inside.flatten(1))
     return torch.cat(masks, 1)
