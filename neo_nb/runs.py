@@ -247,14 +247,14 @@ def _settled(run: Path, output: Path, new: bool):
         record(run, status="running", started=datetime.now().astimezone().isoformat(timespec="seconds"))
         yield
         record(run, status="done", seconds=round(time.time() - start, 1))
-    except (InputError, RunFailed, RunStopped, KeyboardInterrupt) as error:
+    except BaseException as error:
         nothing = _made(run, output) == before
         if new and nothing and isinstance(error, InputError):
             shutil.rmtree(run, ignore_errors=True)
         elif known and nothing and not new:
             with atomic_write(file) as path:
                 path.write_bytes(known)
-            if not isinstance(error, RunFailed):  # whose notebook shows what failed
+            if isinstance(error, (InputError, RunStopped, KeyboardInterrupt)):  # else the notebook shows what failed
                 output.unlink(missing_ok=True)
         else:
             status = "stopped" if isinstance(error, (RunStopped, KeyboardInterrupt)) else "failed"
