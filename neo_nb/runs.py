@@ -101,7 +101,9 @@ def _swap(pairs: list[tuple[str, str]]) -> Callable[[str], str]:
 
 def _places(run: str | Path) -> list[tuple[str, str]]:
     "The names that a record has for folders which may be moved, and where they are now."
-    return list(zip(_PLACES, (str(Path(run).absolute()), str(workspace_root()))))
+    run = Path(run).absolute()
+    own = workspace_root(run)  # that in which it lies; a run that was copied out of one belongs to where we stand
+    return list(zip(_PLACES, (str(run), str(own if own != run else workspace_root()))))
 
 
 def read_record(run: str | Path) -> dict:  # Empty when there is none
@@ -246,7 +248,8 @@ def _settled(run: Path, output: Path, new: bool):
     try:
         record(run, status="running", started=datetime.now().astimezone().isoformat(timespec="seconds"))
         yield
-        record(run, status="done", seconds=round(time.time() - start, 1))
+        gone = {"error": None} if "error" in read_record(run) else {}  # how an earlier part of it ended
+        record(run, status="done", seconds=round(time.time() - start, 1), **gone)
     except BaseException as error:
         nothing = _made(run, output) == before
         if new and nothing and isinstance(error, InputError):
@@ -258,7 +261,9 @@ def _settled(run: Path, output: Path, new: bool):
                 output.unlink(missing_ok=True)
         else:
             status = "stopped" if isinstance(error, (RunStopped, KeyboardInterrupt)) else "failed"
-            record(run, status=status, error=str(error).replace(f"{run}/", ""), seconds=round(time.time() - start, 1))
+            record(
+                run, status=status, error=str(error).replace(str(run), run.name), seconds=round(time.time() - start, 1)
+            )
         raise
 
 

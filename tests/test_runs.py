@@ -73,12 +73,12 @@ def interrupted(tmp_path_factory) -> Path:
     model.size = (64, 96)
     save_weights(model, folder / "start.safetensors")
     process = neo("train", *map(str, SMALL), "--weights", "start.safetensors", cwd=folder, wait=False, **QUIET)
-    for _ in range(6000):
+    for _ in range(12000):
         if any(p.exists() for p in folder.glob("reports/*/weights/last.pt")) or process.poll() is not None:
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    process.wait(timeout=120)
+    process.wait(timeout=600)
     [run] = folder.glob("reports/0*")
     process.stdout.seek(0)
     assert read_record(run)["status"] == "stopped" and 1 <= len(epochs(run)) < EPOCHS, process.stdout.read()
@@ -120,12 +120,14 @@ def test_a_moved_workspace_goes_on(interrupted, tmp_path):
     assert done.returncode == 0, done.stderr
     assert epochs(run) == list(range(1, EPOCHS + 1)) and read_record(run)["status"] == "done"
     assert read_record(run)["parameters"]["weights"] == str(workspace / "start.safetensors")
+    for path in (interrupted, workspace, "/once"):
+        assert str(path) not in (run / "run.json").read_text(), "the record names a place"
 
 
 def test_of_two_at_once_one_works_and_a_refusal_changes_nothing(interrupted, tmp_path):
     workspace, run = copy(interrupted, tmp_path / "workspace")
     both = [neo("train", "--resume", "1", cwd=workspace, wait=False, **QUIET) for _ in range(2)]
-    status = [process.wait(timeout=300) for process in both]
+    status = [process.wait(timeout=900) for process in both]
     said = [process.stdout.seek(0) or process.stdout.read() for process in both]
     assert sorted(status) == [0, 2], said
     worked, refused = (status.index(code) for code in (0, 2))
@@ -136,16 +138,11 @@ def test_of_two_at_once_one_works_and_a_refusal_changes_nothing(interrupted, tmp
     assert len(list(run.glob("train*.ipynb"))) == 2
     # finished: with other settings it cannot go on, and is as finished as before
     before = state(run)
-    for setting in (("--lr", "0.5"), ("--epochs", EPOCHS + 1), ("--policy", "strong")):
-        done = call("train", "--resume", "1", *setting, cwd=workspace)
-        assert done.returncode == 2 and "cannot go on with other settings" in done.stderr, done.stderr
-        after = state(run)
-        assert {k: v[0] for k, v in after.items() if k != ".lock"} == {
-            k: v[0] for k, v in before.items() if k != ".lock"
-        }
+    done = call("train", "--resume", "1", "--lr", "0.5", cwd=workspace)
+    assert done.returncode == 2 and "cannot go on with other settings: lr was" in done.stderr, done.stderr
+    after = state(run)
+    assert {k: v[0] for k, v in after.items() if k != ".lock"} == {k: v[0] for k, v in before.items() if k != ".lock"}
     assert read_record(run)["status"] == "done"
-    again = call("train", "--resume", "1", cwd=workspace)
-    assert again.returncode == 0, again.stderr
 
 
 def test_the_lock_of_a_killed_process_does_not_hold(interrupted, tmp_path):
