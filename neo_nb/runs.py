@@ -17,10 +17,11 @@ import platform
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -75,26 +76,60 @@ def open_run(
     return found[0]
 
 # %% ../nbs/71_runs.ipynb #2907892f
+_PLACES = ("$RUN", "$WORKSPACE")
+
+
+def _moved(value: Any, change: Callable[[str], str]) -> Any:
+    "A value with every text and path in it changed."
+    if isinstance(value, Mapping):
+        return {key: _moved(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_moved(item, change) for item in value]
+    return change(str(value)) if isinstance(value, (str, Path)) else value
+
+
+def _swap(pairs: list[tuple[str, str]]) -> Callable[[str], str]:
+    "Change a path's beginning: the first pair that fits."
+
+    def change(text: str) -> str:
+        fits = ((old, new) for old, new in pairs if text == old or text.startswith(f"{old}/"))
+        old, new = next(fits, ("", ""))
+        return new + text[len(old) :]
+
+    return change
+
+
+def _places(run: str | Path) -> list[tuple[str, str]]:
+    "The names that a record has for folders which may be moved, and where they are now."
+    run = Path(run).absolute()
+    own = workspace_root(run)  # that in which it lies; a run that was copied out of one belongs to where we stand
+    return list(zip(_PLACES, (str(run), str(own if own != run else workspace_root()))))
+
+
 def read_record(run: str | Path) -> dict:  # Empty when there is none
-    "What `run.json` says."
+    "What `run.json` says, with the paths as they are now."
     path = Path(run) / "run.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
         raise InputError(f"not whole JSON ({error})", path) from error
+    parameters = known.get("parameters", {})
+    here, once = str(Path(run).absolute()), parameters.pop("run", None)  # older records name their own place
+    return _moved(known, _swap(_places(run) + [(once, here)] * bool(once)))
 
 
 def record(
     run: str | Path,  # The run's folder
     **values: Any,  # What to add; a mapping is merged into the one that is there
 ) -> dict:  # The whole record
-    "Add to `run.json`."
+    "Add to `run.json`; what lies in the run or in the workspace is noted so that both may be moved."
     known = read_record(run)
     for key, value in values.items():
         both = isinstance(value, Mapping) and isinstance(known.get(key), dict)
         known[key] = known[key] | dict(value) if both else value
+    portable = _moved(known, _swap([(place, name) for name, place in _places(run)]))
     with atomic_write(Path(run) / "run.json") as path:
-        path.write_text(json.dumps(known, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(portable, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
     return known
 
 # %% ../nbs/71_runs.ipynb #f9dc9924
@@ -193,29 +228,68 @@ class RunStopped(RuntimeError):
 
     def __init__(self, number: int, run: Path):
         self.signal, self.run = number, run
-        resume = f"; go on with: neo train --resume {run.name}" if (run / "weights" / "last.pt").exists() else ""
+        name = run.name if run.parent == Path(settings()["reports"]) else run  # a copy is not found by its name
+        resume = f"; go on with: neo train --resume {name}" if (run / "weights" / "last.pt").exists() else ""
         super().__init__(f"stopped by {signal.Signals(number).name}; what was saved is in {run}{resume}")
+
+
+def _made(run: Path, output: Path) -> dict[str, tuple | None]:  # Path → when it was written, how large, which file
+    "What lies in a run besides its record and the notebook that is being executed."
+    found = [p for p in run.rglob("*") if not p.name.startswith(".") and p not in (output, run / "run.json")]
+    stats = {str(p): p.lstat() for p in found}
+    return {p: (s.st_mtime_ns, s.st_size, s.st_ino) if stat.S_ISREG(s.st_mode) else None for p, s in stats.items()}
 
 
 @contextmanager
 def _settled(run: Path, output: Path, new: bool):
-    "Write down how it ended; take away a new run that bad input ended before it made anything."
-    start = time.time()
+    "Write down how it ended; what ended before anything was made leaves no run, or the run that was there as it was."
+    start, before, file = time.time(), _made(run, output), run / "run.json"
+    known = file.read_bytes() if file.exists() else b""
     try:
         record(run, status="running", started=datetime.now().astimezone().isoformat(timespec="seconds"))
         yield
-        record(run, status="done", seconds=round(time.time() - start, 1))
-    except InputError:
-        made = {p.name for p in run.iterdir() if not p.name.startswith(".")} - {output.name, "run.json"}
-        if new and not made:
+        gone = {"error": None} if "error" in read_record(run) else {}  # how an earlier part of it ended
+        record(run, status="done", seconds=round(time.time() - start, 1), **gone)
+    except BaseException as error:
+        nothing = _made(run, output) == before
+        if new and nothing and isinstance(error, InputError):
             shutil.rmtree(run, ignore_errors=True)
+        elif known and nothing and not new:
+            with atomic_write(file) as path:
+                path.write_bytes(known)
+            if isinstance(error, (InputError, RunStopped, KeyboardInterrupt)):  # else the notebook shows what failed
+                output.unlink(missing_ok=True)
         else:
-            record(run, status="failed")
+            status = "stopped" if isinstance(error, (RunStopped, KeyboardInterrupt)) else "failed"
+            record(
+                run, status=status, error=str(error).replace(str(run), run.name), seconds=round(time.time() - start, 1)
+            )
         raise
-    except (RunFailed, RunStopped) as error:
-        status = "stopped" if isinstance(error, RunStopped) else "failed"
-        record(run, status=status, error=str(error), seconds=round(time.time() - start, 1))
+
+
+@contextmanager
+def _alone(run: Path):
+    "Hold the run's lock. It ends with the process that holds it, however that ends."
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise_for_disk(error, run / ".lock")
         raise
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip() or "another process"
+            raise InputError(f"{who} is at work in this run", run, "wait for it, or stop it") from None
+        except OSError as error:
+            print(f"{run}: no locks here ({error.strerror}): nobody sees whether two are at work", file=sys.stderr)
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}, since {now},")
+        file.flush()
+        yield
 
 # %% ../nbs/71_runs.ipynb #b9010a54
 def _output(run: Path, stem: str) -> Path:
@@ -264,13 +338,15 @@ def execute(
     from neo_nb.kernel import Screen, Watch
 
     notebook, run = run_notebook(notebook), Path(run).absolute()
-    output = _output(run, notebook.stem)
-    with _settled(run, output, new):
-        parameters = check_parameters(notebook, {"run": run} | dict(parameters or {}))
-        # a run is what was first done in it: an export into it keeps what it was told beside, not on top
-        if read_record(run).get("command", notebook.stem) == notebook.stem:
-            record(run, command=notebook.stem, notebook=output.name, parameters=parameters)
-        else:
-            record(run, **{notebook.stem: parameters})
-        _run(notebook.absolute(), output, parameters, Watch(Screen(sys.stderr if screen is None else screen)))
+    with _alone(run):
+        output = _output(run, notebook.stem)
+        with _settled(run, output, new):
+            given = check_parameters(notebook, dict(parameters or {}) | {"run": run})
+            noted = {key: value for key, value in given.items() if key != "run"}  # a run may be moved and copied
+            # a run is what was first done in it: an export into it keeps what it was told beside, not on top
+            if read_record(run).get("command", notebook.stem) == notebook.stem:
+                record(run, command=notebook.stem, notebook=output.name, parameters=noted)
+            else:
+                record(run, **{notebook.stem: noted})
+            _run(notebook.absolute(), output, given, Watch(Screen(sys.stderr if screen is None else screen)))
     return output

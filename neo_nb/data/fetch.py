@@ -9,10 +9,17 @@ __all__ = ['download', 'digest_of', 'unpack', 'fetch']
 
 # %% ../../nbs/data/1B_fetch.ipynb #de33e3c9
 import hashlib
+import lzma
+import re
 import shutil
+import stat
 import tarfile
 import tempfile
 import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -167,53 +174,121 @@ def digest_of(
     with Path(path).open("rb") as file:
         return f"{kind}:{hashlib.file_digest(file, kind).hexdigest()}"
 
+# %% ../../nbs/data/1B_fetch.ipynb #bb428759
+@dataclass(frozen=True)
+class _Member:
+    "An entry of an archive, whatever kind of archive it is."
+
+    name: str
+    kind: str  # "file", "folder", or what else it says it is
+    size: int  # Bytes
+    open: Callable[[], Any]
+
+
+_KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "symbolic link"}
+
+
+def _zip_members(file: zipfile.ZipFile) -> Iterator[_Member]:
+    for info in file.infolist():
+        mode = stat.S_IFMT(info.external_attr >> 16)  # 0 where the maker's system has none
+        kind = _KINDS.get(mode, "device or pipe") if mode else "folder" if info.is_dir() else "file"
+        yield _Member(info.filename, kind, info.file_size, partial(file.open, info))
+
+
+def _tar_members(file: tarfile.TarFile) -> Iterator[_Member]:
+    for info in file:
+        kind = "file" if info.isreg() else "folder" if info.isdir() else "device, pipe or something unknown"
+        kind = "symbolic link" if info.issym() else "hard link" if info.islnk() else kind
+        kind = "file of a negative size" if info.size < 0 else kind  # after which Python would read it for ever
+        yield _Member(info.name, kind, info.size, partial(file.extractfile, info))
+    file.fileobj.seek(file.offset)  # Python takes a header that is cut off or damaged for the end
+    if file.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"cut off or damaged at byte {file.offset:,}")
+    while file.fileobj.read(2**20):  # the checksum of what is compressed comes last
+        pass
+
+
+def _checked(member: _Member, archive: Path) -> Path:  # Below the folder
+    "Where a member belongs; raises `InputError` for what leads out of the folder and for all but files and folders."
+    name = PurePosixPath(member.name.replace("\\", "/"))
+    parts = name.parts or ("",)
+    if name.is_absolute() or ".." in parts or re.match("[A-Za-z]:", parts[0]) or "\0" in member.name:
+        raise InputError(f"holds {member.name!r}, which leads out of its folder", archive, "do not trust it")
+    if member.kind not in ("file", "folder") or (member.kind == "file" and not name.parts):
+        what = f"holds {member.name!r}, a {member.kind}; files alone are unpacked, since links can lead anywhere"
+        raise InputError(what, archive, "if you trust it, unpack it by hand, then: neo data import FOLDER NAME")
+    return Path(*name.parts)
+
 # %% ../../nbs/data/1B_fetch.ipynb #fc81c574
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
+_DAMAGED += (RuntimeError, ValueError, OverflowError, MemoryError)  # what readers do with numbers that are none
+
+
 def unpack(
     archive: str | Path,  # .zip, .tar, .tar.gz, .tgz, …
     folder: str | Path,  # Where its content goes
 ) -> Path:  # That folder
-    "Unpack an archive; nothing is ever written outside the folder, and nothing half."
+    "Unpack an archive's files; nothing is ever written outside the folder, and nothing half."
     archive, folder = Path(archive), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.unpacking.") as aside:
         try:
             if zipfile.is_zipfile(archive):
-                _unzip(archive, Path(aside))
+                with zipfile.ZipFile(archive) as file:
+                    _extract(_zip_members(file), archive, Path(aside))
             elif tarfile.is_tarfile(archive):
-                with tarfile.open(archive) as tar:
-                    tar.extractall(aside, filter="data")
+                with tarfile.open(archive) as file:
+                    _extract(_tar_members(file), archive, Path(aside))
             else:
                 raise InputError("neither zip nor tar", archive, "is the download a page that says no?")
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
+        except InputError:
+            raise
+        except _DAMAGED as error:
             raise InputError(f"cannot be unpacked ({str(error)[:120]})", archive, "fetch it again") from error
         except OSError as error:
             raise_for_disk(error, folder / "x")
-            raise InputError(f"cannot be unpacked ({error})", archive, "fetch it again") from error
+            raise InputError(f"cannot be unpacked ({error.strerror or error})", archive, "fetch it again") from error
+        _fits(Path(aside), folder)
         _merge(Path(aside), folder)
     return folder
 
 
-def _unzip(archive: Path, folder: Path) -> None:
-    "A zip's files, names checked before the first byte is written."
-    with zipfile.ZipFile(archive) as file:
-        members = file.infolist()
-        for member in members:
-            name = PurePosixPath(member.filename.replace("\\", "/"))
-            link = (member.external_attr >> 16) & 0o170000 == 0o120000
-            if name.is_absolute() or ".." in name.parts or ":" in (name.parts or ("",))[0] or link:
-                raise InputError(
-                    f"holds {member.filename!r}, which leads out of its folder", archive, "do not trust it"
-                )
-        _room(folder / "x", sum(member.file_size for member in members))
-        for member in members:
-            file.extract(member, folder)
+def _extract(members: Iterable[_Member], archive: Path, folder: Path) -> None:
+    "Write an archive's files; every name, and whether there is room, is looked at before the first byte is written."
+    places = [(member, _checked(member, archive)) for member in members]
+    _room(folder / "x", sum(member.size for member, _ in places if member.kind == "file"))
+    for member, place in places:
+        goal = folder / place
+        try:
+            (goal if member.kind == "folder" else goal.parent).mkdir(parents=True, exist_ok=True)
+            if member.kind == "file":
+                with member.open() as source, goal.open("xb") as target:  # x: never through or over what is there
+                    shutil.copyfileobj(source, target, 2**20)
+        except (FileExistsError, NotADirectoryError) as error:
+            what = f"holds {member.name!r} twice, or in two spellings that are one name on this disk"
+            raise InputError(what, archive, "unpack it by hand, then: neo data import FOLDER NAME") from error
 
 # %% ../../nbs/data/1B_fetch.ipynb #88096f42
+def _fits(source: Path, target: Path) -> None:
+    "Raise before anything is moved where a folder would go through a link, or a file and a folder have one name."
+    for item in source.iterdir():
+        goal = target / item.name
+        if item.is_dir() and goal.is_symlink():
+            raise InputError(
+                "a link, where a folder is to be unpacked: nothing is written through it", goal, "move it"
+            )
+        if goal.exists() and item.is_dir() != goal.is_dir():
+            kinds = ("a file", "a folder") if item.is_dir() else ("a folder", "a file")
+            raise InputError(f"{kinds[0]}, where {kinds[1]} is to be unpacked", goal, "move it")
+        if item.is_dir() and goal.is_dir():
+            _fits(item, goal)
+
+
 def _merge(source: Path, target: Path) -> None:
     "Move everything, file by file where a folder is there already."
     for item in sorted(source.iterdir()):
         goal = target / item.name
-        if item.is_dir() and goal.is_dir() and not goal.is_symlink():
+        if item.is_dir() and goal.is_dir():
             _merge(item, goal)
         else:
             if goal.is_symlink() or goal.is_file():

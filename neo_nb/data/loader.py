@@ -9,7 +9,6 @@ __all__ = ['read_image', 'usable', 'ImageReader', 'Items', 'pack', 'unpack', 'Lo
 
 # %% ../../nbs/data/19_loader.ipynb #0d72fece
 import multiprocessing
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,6 @@ import cv2
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from torch.utils.data import DataLoader
 
 from ..annotations import Annotations
 from ..boxes import degenerate
@@ -29,6 +27,7 @@ from .batch import Batch, Resize, Targets, check_size, fit, pad_to, to_network
 from .mosaic import mixup, mosaic
 from .order import Order, epoch_length
 from .transforms import Policy, Sample, get_policy, make_transform, resize_image, stack
+from .workers import Stream
 
 # %% ../../nbs/data/19_loader.ipynb #b3deeff9
 cv2.utils.logging.setLogLevel(
@@ -214,9 +213,9 @@ class Loader:
 
     def __post_init__(self):
         area = max(h * w for h, w in (pad_to(s, self.items.divisor) for s in self.order.sizes))
-        self.workers, ahead, note = _room(self.workers, 3 * area * self.batch_size)
-        self.notes += note
-        self._loader = _data_loader(self.items, self.order, self.workers, ahead)
+        self._stream = Stream(self.items, self.order, self.workers, 3 * area * self.batch_size, self.order.world_size)
+        self.workers = self._stream.workers
+        self.notes += self._stream.notes
 
     @property
     def batch_size(self) -> int:
@@ -239,7 +238,7 @@ class Loader:
         return len(self.order)
 
     def __iter__(self) -> Iterator[Batch]:
-        for packed in self._loader:
+        for packed in self._stream:
             batch = unpack(packed, self.annotations.sizes)
             new = {"images": len(batch), "objects": sum(map(len, batch.targets))}
             new |= {key: packed[key] for key in ("dropped", "hidden")}
@@ -250,45 +249,6 @@ class Loader:
 def _most(table: Annotations) -> int:
     "The objects of the image that has the most."
     return int(np.bincount(table.image_index[~table.iscrowd], minlength=1).max())
-
-
-def _data_loader(items: Items, order: Order, workers: int, ahead: int) -> DataLoader:
-    "PyTorch's loader around ours: processes, prefetching, page-locked memory."
-    options = {}
-    if workers:
-        fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-        options = dict(persistent_workers=True, prefetch_factor=ahead, multiprocessing_context=fork)
-    return DataLoader(
-        items,
-        batch_sampler=order,
-        collate_fn=_same,
-        num_workers=workers,
-        worker_init_fn=_one_thread,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # of its own: torch's global one must not depend on how often we iterate
-        **options,
-    )
-
-
-def _room(workers: int, batch: int) -> tuple[int, int, list[str]]:  # Workers, batches ahead of each, what to say
-    "As many workers as the shared memory has room for; a container's 64 MiB would end in a bus error."
-    free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else float("inf")
-    room = f"/dev/shm has {free / 2**20:,.0f} MiB for batches of {batch / 2**20:,.1f} MiB"
-    for number in range(workers, 0, -1):
-        for ahead in (2, 1):
-            if (number * ahead + 2) * batch < free:
-                return number, ahead, [f"{number} of {workers} workers: {room}"] * (number < workers)
-    return 0, 2, [f"no workers: {room}"] * (workers > 0)
-
-
-def _same(packed: dict) -> dict:
-    return packed
-
-
-def _one_thread(worker: int) -> None:
-    "Workers are the parallel part; threads inside them would only fight over the cores."
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
 
 # %% ../../nbs/data/19_loader.ipynb #d9154619
 def _cached(table: Annotations, size: tuple[int, int], limit: float, resize: Resize) -> tuple[dict | None, str]:
