@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core import InputError, atomic_write
+from .devices import Precision, check_device
 from .logo_recipe import STEPS, choose_steps
 from .verbs import Result, check_data, run_notebook
 
