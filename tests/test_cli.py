@@ -127,7 +127,12 @@ def test_every_command_that_runs_a_detector_chooses_its_device(neo, workplace, c
     save_weights(model, workplace / "w.safetensors")
     manifest, run = coco(workplace / "one"), workplace / "run"
     run.mkdir()
-    words = {"predict": [workplace / "w.safetensors", manifest.parent / "images"], "errors": [run], "logo": [], "train": []}
+    words = {
+        "predict": [workplace / "w.safetensors", manifest.parent / "images"],
+        "errors": [run],
+        "logo": [],
+        "train": [],
+    }
     refused(neo(command, *words.get(command, [workplace / "w.safetensors"]), "--device", "gpu"), "gpu", "cuda")
     assert runs(workplace) == []
 
