@@ -119,7 +119,7 @@ def look_at_gpu() -> Finding:
     target = get_target("auto", find_card())
     return Finding("gpu", "ok", f"{'; '.join(said.splitlines())}; target {target.name}, {target.precision}")
 
-
+# %% ../nbs/72c_doctor.ipynb #f7a1b002
 def look_at_torch() -> Finding:
     "torch and torchvision, which must fit each other."
     torch, vision = _version("torch"), _version("torchvision")

@@ -321,7 +321,7 @@ def _flat(known: Mapping[str, Any]) -> dict[str, Any]:
     rows |= {"minutes": known["minutes"]} if "minutes" in known else {}
     return rows if machine else {}
 
-
+# %% ../nbs/72a_report.ipynb #f7a1b001
 def _files(run: Path) -> str:
     "What else lies in the folder."
     words = {

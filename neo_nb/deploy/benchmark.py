@@ -111,7 +111,7 @@ def peak_memory(
         raise InputError("the measured process ended without an answer", remedy="is there enough memory?")
     return float(said)
 
-
+# %% ../../nbs/deploy/64_benchmark.ipynb #f7a1b003
 def needed(
     before: float,  # MiB held before the call
     peak: float,  # MiB at the most while it ran
@@ -197,7 +197,7 @@ def inference(
         calls["ours, ONNX Runtime"] = _onnx(ours, images)
     return {label: _within(call, place, precision) for label, call in calls.items()}
 
-
+# %% ../../nbs/deploy/64_benchmark.ipynb #f7a1b004
 def _within(call: Callable[[], object], place: torch.device, precision: str) -> Callable[[], object]:
     "A call without gradients, in a precision."
 
