@@ -86,7 +86,7 @@ def soon(folder: Path, act, beyond: int = 0) -> threading.Thread:
 
     def wait() -> None:
         last = folder / "run/weights/last.pt"
-        for _ in range(2400):
+        for _ in range(18000):
             if last.exists() and load_state(last)["position"]["step"] > beyond:
                 return act()
             time.sleep(0.1)

@@ -124,9 +124,10 @@ class _Output:
 def _start(folder: Path, processes: int) -> subprocess.Popen:
     "torchrun, with processes that run this module."
     quiet = {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    quiet["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "20"  # seconds for the others when one has died; a flag in newer torch
     quiet["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, count_cores() // processes)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["--redirects", "3", "--log-dir", str(folder / "output"), "--shutdown-timeout", "20"]
+    command += ["--redirects", "3", "--log-dir", str(folder / "output")]
     with (folder / "torchrun.log").open("wb") as log:
         return subprocess.Popen(
             [*command, "-m", "neo_nb.train.launch", str(folder)],
