@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import InputError, atomic_write
+from .devices import Precision, check_device
 from .verbs import Result, check_port, near, run_notebook
 
 # %% ../nbs/72g_browse.ipynb #47a5baa0
@@ -25,12 +26,15 @@ def errors(
     serve: bool = False,  # Open the App on the data set that this command made
     pull: bool = False,  # Write the tags that were set in the App into the run's tags.json
     port: int = 5151,  # Of the App
+    device: str = "auto",  # With features: auto, cpu, cuda or cuda:N
+    precision: Precision = "auto",  # Of the network; auto: fp32 on a CPU, bf16 or fp16 on a GPU
 ) -> Result:
     "What went wrong, in FiftyOne."
     from neo_nb.evaluate.database import open_database
     from neo_nb.runs import new_run, open_run, read_record
 
     of = open_run(run).absolute()
+    check_device(device)
     if pull:
         return _pull(open_database(), of)
     if threshold is not None and not 0 <= threshold <= 1:
@@ -48,6 +52,7 @@ def errors(
         data=Path(known.get("data", {}).get("name", "own")).stem, model=of.name.partition("-")[0], kind="errors"
     )
     given = {"of": of, "threshold": threshold, "iou_threshold": iou_threshold, "features": features}
+    given |= {"device": device, "precision": precision}
     run_notebook("errors", new, given)
     found = json.loads((new / "errors.json").read_text())
     lines = [f"{count:7,}  {name}" for name, count in found["views"].items()]

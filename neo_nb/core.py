@@ -107,7 +107,7 @@ def raise_for_disk(
         raise InputError(what, path, "free some space or write elsewhere") from error
 
 # %% ../nbs/00_core.ipynb #aae917c1
-DEFAULTS = {"data": "data", "reports": "reports", "project": "neo_nb", "target": "cpu"}
+DEFAULTS = {"data": "data", "reports": "reports", "project": "neo_nb", "target": "auto"}
 
 
 def workspace_root(

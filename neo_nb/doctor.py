@@ -107,16 +107,19 @@ def look_at_gpu() -> Finding:
     "GPUs, and whether torch can use them."
     said = _command("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     if not said:
-        return Finding("gpu", "note", "none found by nvidia-smi", "train with --target cpu")
+        return Finding("gpu", "note", "none found by nvidia-smi: every command takes the CPU")
     import torch
 
     if not torch.cuda.is_available():
         what = f"{said.splitlines()[0]}, but torch {torch.__version__} cannot use it"
         return Finding("gpu", "lack", what, "a newer driver, or a torch built for this one (pytorch.org)")
-    bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
-    return Finding("gpu", "ok", f"{'; '.join(said.splitlines())}; {bf16}")
+    from neo_nb.devices import find_card
+    from neo_nb.targets import get_target
 
+    target = get_target("auto", find_card())
+    return Finding("gpu", "ok", f"{'; '.join(said.splitlines())}; target {target.name}, {target.precision}")
 
+# %% ../nbs/72c_doctor.ipynb #f7a1b002
 def look_at_torch() -> Finding:
     "torch and torchvision, which must fit each other."
     torch, vision = _version("torch"), _version("torchvision")
@@ -134,7 +137,10 @@ def look_at_onnx() -> Finding:
     import onnxruntime
 
     providers = ", ".join(p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers())
-    return Finding("onnxruntime", "ok", f"{onnxruntime.__version__}: {providers}")
+    what = f"{onnxruntime.__version__}: {providers}"
+    if _command("nvidia-smi", "-L") and "CUDA" not in providers:
+        return Finding("onnxruntime", "note", f"{what}; ONNX files run on the CPU", "onnxruntime-gpu in its place")
+    return Finding("onnxruntime", "ok", what)
 
 # %% ../nbs/72c_doctor.ipynb #f8b96ca3
 def look_at_packages() -> Finding:

@@ -121,10 +121,12 @@ def training_flags() -> type:
     from neo_nb.train.config import TrainConfig
 
     target, what = settings()["target"], "a data set of `neo data list`, or a path to a manifest"
-    machines = f"the machine: {', '.join(list_targets())}"
+    machines = f"the machine: {', '.join(list_targets())}; auto: the GPU that is here, else cpu"
     own = {
         "data": (_flag(str, what, "(default: scenes)"), "scenes"),
         "target": (_flag(str, machines, f"(default: {target})"), target),
+        "gpus": (_flag(str | None, "train on so many GPUs of this machine: a number, or all", ""), None),
+        "processes": (_flag(int | None, "the same on a CPU: training processes that share each update", ""), None),
         "resume": (_flag(str | None, "a run (path, name or number) to go on with", ""), None),
     }
     for name, setting in TrainConfig.model_fields.items():

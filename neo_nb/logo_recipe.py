@@ -232,8 +232,8 @@ def detector_of(
     "What a step releases: its best weights, in tiles where it is tiled."
     from neo_nb.deploy.artifact import load_artifact
 
-    device = recipe.settings.get("device", "cpu")
-    inner = load_artifact(trained, "cuda" if device == "cuda" else "cpu")
+    on = {"device": recipe.settings.get("device", "cpu"), "precision": recipe.settings.get("precision", "fp32")}
+    inner = load_artifact(trained, **on)
     if not step.tiled:
         return inner
     from neo_nb.deploy.sliced import SlicedArtifact

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core import InputError, atomic_write
+from .devices import Precision, check_device
 from .logo_recipe import STEPS, choose_steps
 from .verbs import Result, check_data, run_notebook
 
@@ -129,6 +130,8 @@ def logo(
     | None = None,  # (height, width) of tiles in the pictures; the baseline's size when not given
     model: str = "rtdetr_nano",  # A name from list_models()
     target: str | None = None,  # The machine; that of settings.ini when not given
+    device: str = "auto",  # auto: the target's, else cpu, cuda or cuda:N
+    precision: Precision = "auto",  # Of training and prediction; auto: the target's
     golden: str = "golden",  # The split that counts
     resume: str | None = None,  # A run of this command to go on with
 ) -> Result:
@@ -140,11 +143,13 @@ def logo(
         given = read_record(run).get("parameters", {})
         return _found(run_notebook("logo", run, {k: v for k, v in given.items() if k != "run"}, new=False))
     choose_steps(steps)
+    check_device(device)
     data = check_data(data, "train", "val", golden)
     if minutes <= 0 or not seeds:
         raise InputError(f"expected minutes > 0 and a seed or more, found {minutes} and {seeds}", "neo logo")
     given = {"data": data, "minutes": minutes, "seeds": seeds, "steps": steps or tuple(STEPS), "size": size}
     given |= {"tile": tile, "model": model, "target": target, "golden": golden}
+    given |= {"device": device, "precision": precision}
     return _found(run_notebook("logo", new_run(data=Path(data).stem, model=model, kind="logo"), given))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import InputError, settings, workspace_root
+from .devices import Precision, check_device
 from .verbs import Result, check_data, check_tile, find_artifact, near, run_about, run_notebook
 
 # %% ../nbs/72h_mine.ipynb #82297c91
@@ -108,6 +109,7 @@ def choose_from(
     limit: int | None = None,  # Errors at most, the surest; None: all
     iou_threshold: float = 0.5,  # An object is found from this overlap on
     batch_size: int = 8,  # Images at once
+    workers: int | None = None,  # Processes that read images; by machine and data when None
     progress: bool = True,  # Show a bar
 ) -> tuple[Any, Any]:  # Detections, Chosen
     "Predict, find confident errors, leave one of each that look alike."
@@ -117,7 +119,7 @@ def choose_from(
     from neo_nb.evaluate.mining import choose, find_candidates
 
     table = ground.table
-    detections = detector.predict(table, batch_size, progress).to_classes(table.class_names)
+    detections = detector.predict(table, batch_size, progress, workers).to_classes(table.class_names)
     rows, kinds, counts = find_candidates(
         detections, table, threshold, iou_threshold=iou_threshold, refused=ground.refused
     )
@@ -278,6 +280,9 @@ def mine(
     tile: tuple[int, int] | None = None,  # (height, width) of tiles; as the run was evaluated when not given
     overlap: float = 0.2,  # With --tile: share of a tile that its neighbour sees too
     batch_size: int = 8,  # Images at once
+    workers: int | None = None,  # Processes that read images; by machine and data when not given
+    device: str = "auto",  # auto, cpu, cuda or cuda:N
+    precision: Precision = "auto",  # Of the network; auto: fp32 on a CPU, bf16 or fp16 on a GPU
 ) -> Result:
     "Confident false positives into a manifest that draws them more often."
     from neo_nb.evaluate.mining import refuse_golden
@@ -286,6 +291,7 @@ def mine(
     path = find_artifact(run)
     refuse_golden(split)
     check_tile(tile, overlap)
+    check_device(device)
     _check(path, threshold, similarity, most, limit, name)
     if data:
         data = check_data(data, split, "val")
@@ -294,7 +300,7 @@ def mine(
     new = run_about("mine", path, data)
     given = {"of": path, "data": data, "split": split, "images": images and Path(images).absolute()}
     given |= {"threshold": threshold, "similarity": similarity, "most": most, "limit": limit, "name": name}
-    given |= {"tile": tile, "overlap": overlap}
+    given |= {"tile": tile, "overlap": overlap, "workers": workers, "device": device, "precision": precision}
     run_notebook("mine", new, given | {"tags": tags and Path(tags).absolute(), "batch_size": batch_size})
     found = json.loads((new / "mine.json").read_text())
     lines = [f"{count:7,}  {what}" for what, count in found["counts"].items() if count]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import InputError, atomic_write
+from .devices import describe_device
 
 # %% ../nbs/72b_predict.ipynb #b437290d
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -67,14 +68,18 @@ def predict_files(
     batch_size: int = 8,  # Images at once
     tile: tuple[int, int] | None = None,  # (height, width) of tiles in pixels of the pictures; None: whole pictures
     overlap: float = 0.2,  # With tile: share of a tile that its neighbour sees too
-) -> dict:  # artifact, threshold, counts by class name, images: file, size, detections
+    device: str = "cpu",  # auto, cpu, cuda or cuda:N
+    precision: str = "fp32",  # auto, fp32, fp16 or bf16
+) -> dict:  # artifact, device, precision, threshold, counts by class name, images: file, size, detections
     "Detect in images; write a picture each, and one JSON. Bad input takes the folder away again."
     from neo_nb.deploy.artifact import load_artifact
     from neo_nb.deploy.sliced import SlicedArtifact
 
     run = Path(run)
     try:
-        detector = load_artifact(artifact) if isinstance(artifact, (str, Path)) else artifact
+        detector = (
+            load_artifact(artifact, device, precision=precision) if isinstance(artifact, (str, Path)) else artifact
+        )
         if tile:
             detector, batch_size = SlicedArtifact(detector, tile, overlap), 1
         best = (detector.record.get("metrics") or {}).get("threshold", -1)
@@ -82,7 +87,8 @@ def predict_files(
         images = [row for start in range(0, len(files), batch_size)
                   for row in _detect(detector, files, start, batch_size, run, threshold)]  # fmt: skip
         counts = Counter(box["label"] for image in images for box in image["detections"])
-        found = {"artifact": str(artifact), "threshold": threshold, "counts": dict(counts), "images": images}
+        on = describe_device(detector.device, detector.precision)
+        found = {"artifact": str(artifact), **on, "threshold": threshold, "counts": dict(counts), "images": images}
         with atomic_write(run / "predictions.json") as path:
             path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except InputError:

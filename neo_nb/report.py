@@ -311,11 +311,17 @@ def _flat(known: Mapping[str, Any]) -> dict[str, Any]:
         "cpu": f"{machine.get('cpu', '')}, {machine.get('cores', '?')} cores",
         "gpu": machine.get("gpus") or "none",
     }
+    on = known.get("device") or {}
+    rows |= (
+        {"ran on": [f"{key} {on[key]}" for key in ("device", "card", "precision", "processes") if key in on]}
+        if on
+        else {}
+    )
     rows |= {"memory": f"{machine.get('memory_gb', '?')} GB", "system": machine.get("system", ""), "commit": commit}
     rows |= {"minutes": known["minutes"]} if "minutes" in known else {}
     return rows if machine else {}
 
-
+# %% ../nbs/72a_report.ipynb #f7a1b001
 def _files(run: Path) -> str:
     "What else lies in the folder."
     words = {

@@ -189,6 +189,8 @@ def crop_features(
     annotations: Annotations,
     detections: Detections,
     errors: Any,  # From `find_errors`
+    device: str = "cpu",  # auto, cpu, cuda or cuda:N
+    precision: str = "fp32",  # auto, fp32, fp16 or bf16
 ) -> np.ndarray | None:  # m d, float32: zeros for what is no error; None without weights
     "The detector's own features of every wrong detection."
     from neo_nb.deploy.artifact import load_artifact
@@ -199,7 +201,7 @@ def crop_features(
     wrong = np.flatnonzero((errors.kind != IS_RIGHT) & (errors.kind != NOT_COUNTED))
     source = read_record(run).get("config", {}).get("artifact", run)
     try:
-        vectors = embed_boxes(load_artifact(source), annotations, detections.keep(wrong))
+        vectors = embed_boxes(load_artifact(source, device, precision=precision), annotations, detections.keep(wrong))
     except InputError as error:
         print(f"no map of errors: {error}")
         return None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .core import InputError, pick, workspace_root
+from .devices import Precision, check_device
 from .flags import given, parse, training_flags
 
 # %% ../nbs/72e_verbs.ipynb #004c039c
@@ -139,7 +140,7 @@ def check_port(
 def train(args: Sequence[str]) -> Result:
     "Train a detector, evaluate it, write a report."
     from neo_nb.runs import new_run, open_run, read_record
-    from neo_nb.targets import get_target
+    from neo_nb.targets import list_targets
     from neo_nb.train.config import TrainConfig, make_config
 
     flags = parse(training_flags(), args, "neo train").model_dump()
@@ -147,15 +148,29 @@ def train(args: Sequence[str]) -> Result:
     chosen = {name: flags[name] for name in TrainConfig.model_fields if name in typed}
     if chosen.get("weights"):
         chosen["weights"] = start_from(chosen["weights"])
+    shared = _shared(flags["gpus"], flags["processes"])
     if flags["resume"]:
         run = open_run(flags["resume"])
-        parameters = read_record(run).get("parameters", {}) | chosen | {"resume": True}
+        parameters = read_record(run).get("parameters", {}) | chosen | shared | {"resume": True}
         return run_notebook("train", run, parameters, new=False)
     data = check_data(flags["data"], "train", "val")
-    get_target(flags["target"])
+    pick(flags["target"], list_targets(), "target")
     config = make_config(**chosen)
     run = new_run(data=Path(data).stem, model=config.model)
-    return run_notebook("train", run, chosen | {"data": data, "target": flags["target"]})
+    return run_notebook("train", run, chosen | shared | {"data": data, "target": flags["target"]})
+
+
+def _shared(gpus: str | None, processes: int | None) -> dict[str, Any]:  # Parameters of the notebook
+    "Among how many processes a training is shared."
+    if gpus is not None and processes is not None:
+        raise InputError("--gpus and --processes say the same", "neo train", "give one of them")
+    if gpus is not None and gpus != "all" and not (gpus.isdigit() and int(gpus) > 0):
+        raise InputError(f"--gpus is a number above 0 or all, found {gpus!r}", "neo train")
+    if processes is not None and processes < 1:
+        raise InputError(f"--processes is a number above 0, found {processes}", "neo train")
+    if gpus is not None:
+        return {"processes": gpus if gpus == "all" else int(gpus), "device": "cuda"}
+    return {"processes": processes} if processes is not None else {}
 
 # %% ../nbs/72e_verbs.ipynb #c002534c
 def evaluate(
@@ -164,6 +179,9 @@ def evaluate(
     split: str = "val",  # Split of the data set
     max_dets: int = 100,  # Detections that count, for each class in each image
     batch_size: int = 8,  # Images at once
+    workers: int | None = None,  # Processes that read images; by machine and data when not given
+    device: str = "auto",  # auto, cpu, cuda or cuda:N
+    precision: Precision = "auto",  # Of the network; auto: fp32 on a CPU, bf16 or fp16 on a GPU
     tile: tuple[int, int] | None = None,  # (height, width) of tiles in pixels of the pictures; whole when not given
     overlap: float = 0.2,  # With --tile: share of a tile that its neighbour sees too
 ) -> Result:
@@ -171,9 +189,10 @@ def evaluate(
     path = find_artifact(artifact)
     data = _data_of(path, data, split)
     check_tile(tile, overlap)
+    check_device(device)
     run = run_about("evaluate", path, data)
     parameters = {"artifact": path, "data": data, "split": split, "max_dets": max_dets, "batch_size": batch_size}
-    parameters |= {"tile": tile, "overlap": overlap}
+    parameters |= {"tile": tile, "overlap": overlap, "workers": workers, "device": device, "precision": precision}
     return run_notebook("evaluate", run, parameters)
 
 # %% ../nbs/72e_verbs.ipynb #7372f8ec
@@ -184,15 +203,18 @@ def export(
     opset: int = 18,  # ONNX operator set, 17 or later
     data: str | None = None,  # Data set that proves it; the one it was trained on when not given
     split: str = "val",  # Split of the data set
+    device: str = "auto",  # Where both are proven: auto, cpu, cuda or cuda:N
+    precision: Precision = "auto",  # Of torch in the proof; auto: the file's own
 ) -> Result:
     "Write an ONNX file, and prove that it finds what the model finds."
     path = find_artifact(artifact)
     if batch != "dynamic" and not (batch.isdigit() and int(batch) > 0):
         raise InputError(f"batch is a number above 0 or dynamic, found {batch!r}", "neo export")
+    check_device(device)
     data = _data_of(path, data, split)
     run = run_about("export", path, data)
     given = {"artifact": path, "batch": batch, "size": size, "opset": opset, "data": data, "split": split}
-    return run_notebook("export", run, given)
+    return run_notebook("export", run, given | {"device": device, "precision": precision})
 
 # %% ../nbs/72e_verbs.ipynb #5ecc4d65
 def benchmark(
@@ -201,13 +223,17 @@ def benchmark(
     model: str = "rtdetrv2_r18",  # With --against: the variant
     rounds: int = 7,  # Times that each competitor is called
     compiled: bool = False,  # With --against: torch.compile as well
+    device: str = "auto",  # auto, cpu, cuda or cuda:N
+    precision: Precision = "auto",  # Of the network; auto: fp32 on a CPU, bf16 or fp16 on a GPU
 ) -> Result:
     "Time and memory: artifacts among themselves, or our network beside another implementation."
+    check_device(device)
     if against is not None:
         from neo_nb.runs import new_run
 
         run = new_run(data=against, model=model, kind="compare")
-        done = run_notebook("compare", run, {"model": model, "rounds": rounds, "compiled": compiled})
+        asked = {"model": model, "rounds": rounds, "compiled": compiled, "device": device, "precision": precision}
+        done = run_notebook("compare", run, asked)
         found = json.loads((run / "compare.json").read_text())
         lines = [
             f"{r['ratio']:6.2f}  {r['what']}, {r['competitor']}, {r['input']}, batch {r['batch']}"
@@ -218,9 +244,14 @@ def benchmark(
         raise InputError("nothing to time", "neo benchmark", "give runs or files, or --against transformers")
     from neo_nb.deploy.artifact import load_artifact
     from neo_nb.deploy.benchmark import latency
+    from neo_nb.devices import describe_device
 
-    table = latency({name: load_artifact(find_artifact(name)) for name in artifacts}, rounds)
-    return Result(table.to_string(), {"latency": table.reset_index().to_dict("records")})
+    opened = {name: load_artifact(find_artifact(name), device, precision=precision) for name in artifacts}
+    table, on = latency(opened, rounds), {n: describe_device(a.device, a.precision) for n, a in opened.items()}
+    lines = [f"{name}: {', '.join(map(str, said.values()))}" for name, said in on.items()]
+    return Result(
+        "\n".join([table.to_string(), *lines]), {"latency": table.reset_index().to_dict("records"), "on": on}
+    )
 
 # %% ../nbs/72e_verbs.ipynb #396097b7
 def predict(
@@ -229,6 +260,8 @@ def predict(
     threshold: float | None = None,  # Score from which a box counts; that of the best F1 when not given
     tile: tuple[int, int] | None = None,  # (height, width) of tiles in pixels of the pictures; whole when not given
     overlap: float = 0.2,  # With --tile: share of a tile that its neighbour sees too
+    device: str = "auto",  # auto, cpu, cuda or cuda:N
+    precision: Precision = "auto",  # Of the network; auto: fp32 on a CPU, bf16 or fp16 on a GPU
 ) -> Result:
     "Draw boxes on pictures, and write them as JSON."
     from neo_nb.predict import find_images, predict_files
@@ -237,8 +270,9 @@ def predict(
     if threshold is not None and not 0 <= threshold <= 1:
         raise InputError(f"a threshold is in 0..1, found {threshold}", "neo predict")
     check_tile(tile, overlap)
+    check_device(device)
     run = run_about("predict", path, Path(images[0]).stem)
-    found = predict_files(path, files, run, threshold, tile=tile, overlap=overlap)
+    found = predict_files(path, files, run, threshold, tile=tile, overlap=overlap, device=device, precision=precision)
     counts = ", ".join(f"{n} {name}" for name, n in found["counts"].items())
     text = f"{len(files)} pictures, {sum(found['counts'].values())} boxes above {found['threshold']:.2f}: {counts or 'none'}"
     return Result(text, found, run)
@@ -258,7 +292,7 @@ def demo(
 
     data = check_data(data, "train", "val")
     run = new_run(data=Path(data).stem, model="rtdetr_nano", kind="demo")
-    executed = execute("train", run, DEMO | {"data": data, "target": "cpu", "seed": seed})
+    executed = execute("train", run, DEMO | {"data": data, "target": "auto", "seed": seed})
     execute("export", run, {"artifact": run, "data": data}, new=False)
     write_notebook_html(executed)
     page, metrics = write_report(run), json.loads((run / "metrics.json").read_text())

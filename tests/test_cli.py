@@ -90,6 +90,10 @@ def coco(folder, **change):
         ("data chek x", ["no such command", "data check"]),
         ("train --data bcccd", ["no such dataset: 'bcccd'", "bccd"]),
         ("train --target rtx4000", ["no such target: 'rtx4000'", "rtx4000_ada"]),
+        ("train --gpus none", ["--gpus is a number above 0 or all, found 'none'"]),
+        ("train --gpus 2 --processes 2", ["--gpus and --processes say the same"]),
+        ("train --processes 0", ["--processes is a number above 0"]),
+        ("predict nothing.onnx . --precision half", ["--precision", "half", "fp16"]),
         ("train --learning-rate 3", ["no such flag: --learning-rate"]),
         ("train --epoch 3", ["no such flag: --epoch", "--epochs"]),
         ("train --lr fast", ["--lr", "fast"]),
@@ -109,6 +113,51 @@ def coco(folder, **change):
 def test_a_mistake_is_one_line_with_what_was_meant(neo, workplace, line, words):
     refused(neo(*line.split()), *words)
     assert runs(workplace) == []
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "mine", "export", "benchmark", "errors", "logo", "train"])
+def test_every_command_that_runs_a_detector_chooses_its_device(neo, workplace, command):
+    from neo_nb.models.weights import save_weights
+    from neo_nb.models.zoo import create_model
+
+    status, out, _ = neo(command, "--help")
+    assert status == 0 and "--device" in out and "--precision" in out
+    model = create_model("rtdetr_nano", class_names=("cell",))
+    model.size = (90, 160)
+    save_weights(model, workplace / "w.safetensors")
+    manifest, run = coco(workplace / "one"), workplace / "run"
+    run.mkdir()
+    words = {
+        "predict": [workplace / "w.safetensors", manifest.parent / "images"],
+        "errors": [run],
+        "logo": [],
+        "train": [],
+    }
+    refused(neo(command, *words.get(command, [workplace / "w.safetensors"]), "--device", "gpu"), "gpu", "cuda")
+    assert runs(workplace) == []
+
+
+def test_a_device_that_is_not_here_is_never_replaced(neo, workplace):
+    import torch
+
+    from neo_nb.models.weights import save_weights
+    from neo_nb.models.zoo import create_model
+
+    model = create_model("rtdetr_nano", class_names=("cell",))
+    model.size = (90, 160)
+    save_weights(model, workplace / "w.safetensors")
+    images = coco(workplace / "one").parent / "images"
+    device, words = ("cuda:99", "no such GPU: cuda:99") if torch.cuda.is_available() else ("cuda", "no GPU that torch")
+    refused(neo("predict", workplace / "w.safetensors", images, "--device", device), words)
+    refused(
+        neo("predict", workplace / "w.safetensors", images, "--device", "cpu", "--precision", "fp16"), "needs a GPU"
+    )
+    assert runs(workplace) == []
+    status, out, _ = neo(
+        "predict", workplace / "w.safetensors", images, "--precision", "bf16", "--device", "cpu", "--json"
+    )
+    found = json.loads(out)
+    assert status == 0 and (found["device"], found["precision"]) == ("cpu", "bf16")
 
 
 def test_help_names_every_command_and_imports_nothing_heavy():

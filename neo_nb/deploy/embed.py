@@ -21,6 +21,7 @@ from ..data.tiles import Regions
 from ..data.transforms import prepare
 from .artifact import Artifact
 from ..detections import Detections
+from ..devices import autocast
 
 # %% ../../nbs/deploy/66_embed.ipynb #07e52aed
 def _network(detector: Artifact) -> torch.nn.Module:
@@ -108,7 +109,9 @@ def embed_boxes(
     if detections.num_images != len(annotations):
         what = f"detections of {detections.num_images} images, a table of {len(annotations)}"
         raise InputError(what, annotations.name or None)
-    return _embed(detector, annotations, detections.boxes_xyxy, detections.offsets, batch_size)
+    _network(detector)  # which says what has no features
+    with autocast(detector.device, detector.precision):
+        return _embed(detector, annotations, detections.boxes_xyxy, detections.offsets, batch_size)
 
 
 def embed_images(
@@ -119,4 +122,6 @@ def embed_images(
     "The mean of the detector's features over each whole image."
     sizes = annotations.sizes.astype(np.float32)
     boxes = np.concatenate([np.zeros_like(sizes), sizes[:, ::-1]], 1)
-    return _embed(detector, annotations, boxes, np.arange(len(annotations) + 1), batch_size)
+    _network(detector)
+    with autocast(detector.device, detector.precision):
+        return _embed(detector, annotations, boxes, np.arange(len(annotations) + 1), batch_size)

@@ -33,7 +33,8 @@ class SlicedArtifact(Artifact):
         method: Method = "nms",  # How what is seen twice becomes one: nms, nmm, wbf
         lowest: float = 0.01,  # Detections that score less are left out, 0..1
     ):
-        super().__init__(inner.record, inner.size, inner.batch)
+        super().__init__(inner.record, inner.size, inner.batch, inner.device)
+        self.precision = inner.precision
         tile_grid(tile, tile, overlap)  # raises where they make no sense
         self.inner, self.tile, self.overlap, self.whole = inner, tuple(tile), overlap, whole
         self.method, self.lowest, self.kind = method, lowest, f"sliced {inner.kind}"
@@ -99,7 +100,7 @@ def predict(
     annotations: Annotations,  # The images; what is annotated on them is not looked at
     batch_size: int | None = None,  # Tiles at once; 8 when None
     progress: bool = True,  # Show a bar
-    workers: int = 0,  # Not used: a picture is read here, region by region
+    workers: int | None = None,  # Not used: a picture is read here, region by region
 ) -> Detections:
     "Detect in every image of a table; pictures too big to hold are read by region."
     count, parts = len(annotations), [Detections([], np.zeros((0, 4)), [], [], len(annotations), self.class_names)]

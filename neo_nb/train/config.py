@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..core import InputError, nearest, pick
+from ..devices import Precision
 
 # %% ../../nbs/train/50_config.ipynb #25719a1c
 class ModelSettings(BaseModel):
@@ -77,10 +78,16 @@ class TrainConfig(ModelSettings):
         0.05, gt=0, le=1, description="ramp and memory of the average, as a share of all updates"
     )
     sync_bn: bool = Field(True, description="batch statistics over all GPUs")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto, cpu, cuda or cuda:N; auto: a GPU if there is one",
+    )
     compile: bool = Field(False, description="torch.compile: minutes at the start, faster steps")
     checkpointing: bool = Field(False, description="compute layers twice in training, to need less memory")
-    precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of the network; losses are fp32")
+    precision: Precision = Field(
+        "auto", description="of the network, losses are fp32; auto: fp32 on a CPU, bf16 or fp16 on a GPU"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="of everything drawn")
     best_by: Literal["AP", "AP50", "F1"] = Field("AP", description="which epoch is best")
     max_dets: int = Field(

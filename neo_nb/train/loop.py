@@ -27,6 +27,7 @@ from ..core import InputError, seed_everything
 from ..data.batch import Batch, check_size
 from ..data.loader import Loader, make_loader
 from ..data.transforms import size_for
+from ..devices import resolve_device, resolve_precision
 from ..losses.criterion import Criterion
 from ..models.backbones import freeze_norms, hold
 from ..models.rtdetr import RTDETR
@@ -140,13 +141,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if not PartialState._shared_state or PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("no GPU was found for device = cuda", remedy="choose --device cpu, or see neo doctor")
-    precision = {"fp32": "no"}.get(config.precision, config.precision)
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    if cpu and precision == "fp16":
-        raise InputError("fp16 needs a GPU", remedy="choose --precision bf16 or fp32")
-    return Accelerator(mixed_precision=precision, cpu=cpu)
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    if ":" in config.device:  # accelerate takes the current one
+        torch.cuda.set_device(device)
+    return Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=device.type == "cpu")
 
 
 def build_model(config: TrainConfig, table: Annotations) -> RTDETR:
