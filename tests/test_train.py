@@ -12,8 +12,8 @@ from train_worker import pictures
 from neo_nb.core import InputError
 from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config
-from neo_nb.train.loop import NonFiniteLoss
 from neo_nb.train.trainer import Trainer, train
+from neo_nb.train.update import NonFiniteLoss
 
 WORKER = Path(__file__).with_name("train_worker.py")
 
@@ -91,8 +91,8 @@ def test_too_little_memory_halves_the_batch_and_says_so(tmp_path):
     config = {"batch_size": 32, "size": (384, 512), "epochs": 1}
     ended, done = work(tmp_path, "run", config=config, count=32, megabytes=3000)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert done["batch_size"] < 32 and done["batch_size"] * done["accumulation"] == 32
-    assert "out of memory with 32 pictures a step: going on with 16, accumulation 2" in ended.stdout + ended.stderr
+    assert done["micro"] < 32 and len(done["losses"]) == 1, "the same update, in parts"
+    assert "out of memory with 32 images at once: going on with 16" in ended.stdout + ended.stderr
 
 
 @pytest.fixture

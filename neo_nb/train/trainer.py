@@ -72,14 +72,17 @@ def evaluate_epoch(self: Trainer, tracker: Tracker | None) -> dict[str, Any]:
     numbers = {
         k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k not in ("max_dets", "iou_threshold")
     }
-    means = {name: float(self.sums[name] / self.sums["updates"]) for name in ("loss", "vfl", "l1", "giou")}
+    means = {
+        name: float(self.sums[name] / self.sums["updates"].clamp(min=1)) for name in ("loss", "vfl", "l1", "giou")
+    }
     losses = {name if name == "loss" else f"loss_{name}": value for name, value in means.items()}
-    self.sums = {}
+    skipped, self.sums = int(self.sums["skipped"]), {}
     at = {
         "epoch": self.position["epoch"] + 1,
         "step": self.position["step"],
         "minutes": self.minutes(),
         "lr": self._lr(),
+        "skipped": skipped,  # updates that were left out
     }
     self.rows.append(at | losses | numbers)
     score = metrics[self.config.best_by]
@@ -138,15 +141,15 @@ def save(self: Trainer, path: Path, streams: list[dict]) -> None:
     save_state(
         path,
         {
-            "model": self.accelerator.unwrap_model(self.wrapped).state_dict(),
+            "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
             "ema_step": self.ema.step,
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
             "rng": streams,
             "position": self.position,
-            "batch_size": self.batch_size,
-            "accumulation": self.accumulation,
+            "micro": self.micro,
+            "in_a_row": self._in_a_row,
             "rows": self.rows,
             "best": self.best,
             "sums": self.sums,
@@ -194,8 +197,9 @@ def load(self: Trainer, path: Path) -> None:
     self.optimizer.load_state_dict(state["optimizer"])
     if self.accelerator.scaler is not None:
         self.accelerator.scaler.load_state_dict(state["scaler"])
-    self.rows, self.best, self.sums, self.seconds = (state[key] for key in ("rows", "best", "sums", "seconds"))
-    self.batch_size, self.accumulation = state["batch_size"], state["accumulation"]
+    self.rows, self.best, self.seconds = (state[key] for key in ("rows", "best", "seconds"))
+    self.sums = {name: value.to(self.accelerator.device) for name, value in state["sums"].items()}
+    self.micro, self._in_a_row = state["micro"], state["in_a_row"]
     self.loader, self._stage = self._train_loader(self.position["epoch"]), self._stage_of(self.position["epoch"])
     set_rng_state(state["rng"][self.accelerator.process_index])
 
@@ -229,6 +233,7 @@ def fit(self: Trainer) -> dict[str, Any]:  # best, last: metrics; epochs, minute
     return {"best": best, "last": self.rows[-1] if self.rows else None, "epochs": len(self.rows)} | {
         "minutes": self.minutes(),
         "interrupted": interrupt.asked,
+        "skipped": sum(row["skipped"] for row in self.rows),
         "counts": dict(self.loader.counts),
     }
 
