@@ -9,6 +9,7 @@ __all__ = ['Loop', 'make_accelerator', 'build_model', 'epoch', 'chunks', 'train_
 
 # %% ../../nbs/train/54_loop.ipynb #270b7edd
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from .pace import Pace
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -66,10 +68,14 @@ class Loop(Updater):
         self.loader, self._stage = self._train_loader(0), self._stage_of(0)
         self._check_capacity()
         self.updates = config.repeat * math.ceil(len(self.loader) / config.accumulation)  # of an epoch
+        self.pace: Pace | None = None
         super().__init__(config, Path(run), train_table, model, accelerator, config.epochs * self.updates)
         self.rows: list[dict[str, Any]] = []
         self.best, self.seconds = -1.0, 0.0
         self.sums: dict[str, Tensor] = {}  # Of the terms of this epoch's updates
+        if config.max_minutes:
+            images = config.batch_size * config.accumulation * accelerator.num_processes
+            self.pace = Pace(60 * config.max_minutes, self.updates, self.total, len(val_table) / images)
         if self.ranks.rank:
             seed_everything(derive_seed(config.seed, "process", self.ranks.rank))
 
@@ -161,9 +167,16 @@ def build_model(config: TrainConfig, table: Annotations) -> RTDETR:
     return model.to(memory_format=torch.channels_last)
 
 # %% ../../nbs/train/54_loop.ipynb #c95b7885
+def _at(self: Loop) -> int:
+    "The epoch of the schedule that the next update is in: under a limit of time, a share of the updates there are."
+    if self.pace is None:
+        return self.position["epoch"]
+    return min(self.position["step"] * self.config.epochs // max(self.total, 1), self.config.epochs - 1)
+
+
 def _hold_backbone(self: Loop) -> None:
     "Hold the backbone in the first epochs, let it go afterwards."
-    held = self.position["epoch"] < self.config.freeze_epochs
+    held = self._at() < self.config.freeze_epochs
     if held == (self._release is not None):
         return
     if held:
@@ -173,7 +186,29 @@ def _hold_backbone(self: Loop) -> None:
         self._release = None
 
 
-Loop._hold_backbone = _hold_backbone
+def _enter(self: Loop) -> None:
+    "Make loader and model what they have to be here."
+    if self._stage != self._stage_of(self._at()):
+        self.loader, self._stage = self._train_loader(self._at()), self._stage_of(self._at())
+    self._hold_backbone()
+    self.model.train()
+
+
+def _is_over(self: Loop) -> bool:
+    "Lay the schedule into the time there is; whether it has ended."
+    if self.pace is None:
+        return False
+    planned = self.pace.plan(self.position["step"], self.total, 60 * self.minutes())
+    total = int(self.ranks.sum(0 if self.ranks.rank else planned)[0])  # one clock for all
+    if total < self.pace.planned and self.total == self.pace.planned and not self.ranks.rank:
+        some = f"{total:,} of {self.total:,} updates, {self.pace.epochs(total)} of {self.config.epochs} epochs"
+        tqdm.write(f"max_minutes {self.config.max_minutes:g}: time for about {some}; the schedule is laid into it")
+    if total != self.total:
+        self.total, self.ema.ramp = total, max(self.config.ema_warmup * total, 1.0)
+    return self.position["step"] >= total
+
+
+Loop._at, Loop._hold_backbone, Loop._enter, Loop._is_over = _at, _hold_backbone, _enter, _is_over
 
 # %% ../../nbs/train/54_loop.ipynb #165cbf51
 def epoch(
@@ -183,12 +218,9 @@ def epoch(
     tracker: Tracker | None,
 ) -> bool:  # Whether it was ended early by a signal
     "Train until the end of the current epoch."
-    at = self.position
-    if self._stage != self._stage_of(at["epoch"]):
-        self.loader, self._stage = self._train_loader(at["epoch"]), self._stage_of(at["epoch"])
-    self._hold_backbone()
-    self.model.train()
-    while at["part"] < self.config.repeat:
+    at, begin, over = self.position, time.perf_counter(), False
+    while at["part"] < self.config.repeat and not over:
+        self._enter()
         self.loader.set_epoch(at["epoch"] * self.config.repeat + at["part"], at["batch"])
         for batches in chunks(self.loader, self.accumulation):
             values, stop = self.update(batches, interrupt.asked)
@@ -200,6 +232,13 @@ def epoch(
                 self._checkpoint()
             if stop:
                 return True
+            if self.pace is not None:
+                now, begin = time.perf_counter() - begin, time.perf_counter()
+                self.pace.note(now)
+                over = self._is_over()
+                bar.total = self.total
+                if over or self._stage != self._stage_of(self._at()):
+                    break
         else:
             at["part"], at["batch"] = at["part"] + 1, 0
     self._settle()
