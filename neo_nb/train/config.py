@@ -76,6 +76,9 @@ class TrainConfig(ModelSettings):
     sync_bn: bool = Field(True, description="batch statistics over all GPUs")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
     compile: bool = Field(False, description="torch.compile: minutes at the start, faster steps")
+    deterministic: bool = Field(
+        False, description="kernels that repeat themselves on a GPU: slower by a tenth to a third"
+    )
     checkpointing: bool = Field(False, description="compute layers twice in training, to need less memory")
     precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of the network; losses are fp32")
     seed: int = Field(0, ge=0, lt=2**32, description="of everything drawn")
