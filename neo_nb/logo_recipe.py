@@ -169,7 +169,7 @@ def _updates(config: Any, table: Any) -> Iterator[float]:
 
     loop = Loop(config, Path(), table, table)
     clock = time.process_time if loop.accelerator.device.type == "cpu" else time.perf_counter
-    loop.wrapped.train()
+    loop.model.train()
     while True:
         start = clock()
         for batches in chunks(loop.loader, loop.accumulation):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neo_nb.boxes import cxcywh_to_xyxy, paired_giou
 from neo_nb.data.batch import Targets
 from neo_nb.losses import matcher
 from neo_nb.losses.criterion import Criterion, mal, varifocal
@@ -70,8 +71,8 @@ def test_nothing_but_the_matcher_waits_and_it_reads_once(monkeypatch, kind, igno
         )  # fmt: skip
         sum(terms.values()).backward()
     assert waits.found == []
-    assert copies == [((LAYERS + 1) * QUERIES * 15,)]  # all layers and images, one small matrix each
-    assert solved == [(QUERIES, 4)] * 4 + [(QUERIES, 11)] * 4
+    assert copies == [(15, LAYERS + 1, QUERIES)]  # all layers and images, real pairs alone
+    assert solved == [(4, QUERIES)] * 4 + [(11, QUERIES)] * 4
 
 
 def test_the_counter_of_waits_sees_them():
@@ -127,8 +128,53 @@ def test_the_order_of_images_and_objects_does_not_matter(kind, seed):
 
 def test_the_cost_is_the_same_whether_few_or_many_classes_occur():
     targets, logits, boxes = batch(1, (CLASSES - 1, 2 * CLASSES))
+    logits, boxes = logits.detach(), boxes.detach()
     for image, target in enumerate(targets):
-        cost = matcher.pair_costs(logits[:, image], boxes[:, image], target)
-        by_class = matcher.class_cost(logits[:, image])[..., target.labels]
-        geometry = matcher.pair_costs(logits[:, image], boxes[:, image], target, (0.0, 5.0, 2.0))
-        torch.testing.assert_close(cost, 2 * by_class + geometry, rtol=1e-5, atol=1e-6)
+        one = logits[:, image : image + 1], boxes[:, image : image + 1], (target,)
+        by_class = matcher.class_cost(logits[:, image])[..., target.labels].permute(2, 0, 1)
+        geometry = matcher.pair_costs(*one, (0.0, 5.0, 2.0))
+        torch.testing.assert_close(matcher.pair_costs(*one), 2 * by_class + geometry, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("piece", [1, 1000, 1 << 22])  # pairs at a time
+def test_a_batch_s_costs_are_those_of_its_pairs_one_by_one(monkeypatch, piece):
+    monkeypatch.setitem(matcher.PIECE, "cpu", piece)
+    targets, logits, boxes = batch(2, (0, 1, 40, 0, 3))
+    logits, boxes = logits.detach(), boxes.detach()
+    costs, row = matcher.pair_costs(logits, boxes, targets), 0
+    for image, target in enumerate(targets):
+        for wanted, label in zip(target.boxes, target.labels):
+            said = boxes[:, image]
+            expected = 2 * matcher.class_cost(logits[:, image])[..., label] + 5 * (said - wanted).abs().sum(-1)
+            corners = cxcywh_to_xyxy(said), cxcywh_to_xyxy(wanted).expand_as(said)
+            torch.testing.assert_close(costs[row], expected - 2 * paired_giou(*corners), rtol=1e-5, atol=1e-5)
+            row += 1
+    assert row == len(costs) == 44
+
+
+class Counts(TorchDispatchMode):
+    "Counts operations, and the bytes of the largest result."
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.number += 1
+        own = isinstance(out, torch.Tensor) and not out._is_view()
+        self.largest = max(self.largest, out.numel() * out.element_size() if own else 0)
+        return out
+
+
+def test_the_matcher_s_operations_do_not_grow_with_the_batch_nor_its_memory_with_the_crowd(monkeypatch):
+    monkeypatch.setitem(matcher.PIECE, "cpu", matcher.PIECE["cuda"])
+    found = {}
+    for size, counts in (("one", (20,)), ("many", (20,) * 16), ("crowds", (391, 0, 1, 391, 391, 2))):
+        targets, _, _ = batch(0, counts)
+        logits, boxes = torch.randn(7, len(counts), 900, CLASSES), torch.rand(7, len(counts), 900, 4) * 0.4 + 0.2
+        with torch.no_grad(), Counts() as found[size]:
+            matcher.pair_costs(logits, boxes, targets)
+    assert found["many"].number <= found["one"].number + 5 and found["many"].number < 120
+    pairs = 7 * 900 * (3 * 391 + 3)
+    assert found["crowds"].largest <= max(4 * pairs, 8 * 4 * matcher.PIECE["cuda"])

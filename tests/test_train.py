@@ -12,8 +12,8 @@ from train_worker import pictures
 from neo_nb.core import InputError
 from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config
-from neo_nb.train.loop import NonFiniteLoss
 from neo_nb.train.trainer import Trainer, train
+from neo_nb.train.update import NonFiniteLoss
 
 WORKER = Path(__file__).with_name("train_worker.py")
 
@@ -91,8 +91,8 @@ def test_too_little_memory_halves_the_batch_and_says_so(tmp_path):
     config = {"batch_size": 32, "size": (384, 512), "epochs": 1}
     ended, done = work(tmp_path, "run", config=config, count=32, megabytes=3000)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert done["batch_size"] < 32 and done["batch_size"] * done["accumulation"] == 32
-    assert "out of memory with 32 pictures a step: going on with 16, accumulation 2" in ended.stdout + ended.stderr
+    assert done["micro"] < 32 and len(done["losses"]) == 1, "the same update, in parts"
+    assert "out of memory with 32 images at once: going on with 16" in ended.stdout + ended.stderr
 
 
 @pytest.fixture
@@ -129,3 +129,36 @@ def test_early_stopping_keeps_the_newest_and_a_warm_start_says_what_it_took(tmp_
     assert len(list((run / "weights").glob("epoch_*.safetensors"))) == 1
     train(small(weights=str(run / "weights/last.safetensors")), tmp_path / "next", table, table)
     assert "tensors placed" in capsys.readouterr().out
+
+
+def test_the_schedule_is_laid_into_the_time_there_is(tmp_path, table, capsys):
+    more = {"epochs": 40, "repeat": 2, "plain_epochs": 8, "lr": 1e-3, "backbone_lr": 1e-3, "max_minutes": 0.4}
+    trainer = Trainer(small(**more, schedule="cosine", gamma=0.02, workers=0), tmp_path / "run", table, table)
+    stages, update = [], trainer.update
+
+    def look(batches, stop=False):
+        stages.append(trainer._stage)
+        return update(batches, stop)
+
+    trainer.update = look
+    result = trainer.fit()
+    row, planned = result["last"], 40 * trainer.updates
+    assert trainer.position["step"] == trainer.total == row["updates"] < planned, "there was no time for all"
+    assert result["ended"] == "time" and result["planned_epochs"] == 40
+    assert result["fitted_epochs"] == row["epochs"] == row["epoch"] == len(trainer.rows)
+    assert row["lr"] < 0.1 * 1e-3, "the rate has fallen as it would have in 40 epochs"
+    plain = stages.index("plain") / len(stages)
+    assert 0.6 < plain < 0.95 and set(stages[stages.index("plain") :]) == {"plain"}
+    assert result["minutes"] < 0.6
+    assert f"of {planned:,} updates" in capsys.readouterr().out
+    again = Trainer(small(**more, schedule="cosine", gamma=0.02), tmp_path / "run", table, table)
+    again.load(tmp_path / "run/weights/last.pt")
+    assert again.total == trainer.total and again.fit()["ended"] == "time" and len(again.rows) == len(trainer.rows)
+
+
+def test_enough_time_changes_nothing(tmp_path, table):
+    config = {"epochs": 2, "policy": "mild", "plain_epochs": 1}
+    train(small(**config), tmp_path / "free", table, table)
+    timed = train(small(**config, max_minutes=60), tmp_path / "timed", table, table)
+    one, two = (tensors(load_state(tmp_path / name / "weights/last.pt")) for name in ("free", "timed"))
+    assert [key for key in one if not torch.equal(one[key], two[key])] == [] and timed["ended"] == "epochs"

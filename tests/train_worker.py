@@ -72,7 +72,7 @@ def main(order: dict) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (taken + order["megabytes"] * 2**20,) * 2)
     result = trainer.fit()
     if trainer.accelerator.is_main_process:
-        done = {"losses": losses, "batch_size": trainer.batch_size, "accumulation": trainer.accumulation}
+        done = {"losses": losses, "micro": trainer.micro}
         Path(order["run"], "done.json").write_text(json.dumps(done | {"interrupted": result["interrupted"]}))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -33,6 +33,10 @@ class Targets:
         "The number of objects."
         return len(self.labels)
 
+    def pin_memory(self) -> "Targets":
+        "The same in page-locked memory."
+        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
         "The same on another device."
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
@@ -64,7 +68,8 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         "The same in page-locked memory, for transfers that overlap with computing."
-        return replace(self, images=self.images.pin_memory())
+        pinned = {key: getattr(self, key).pin_memory() for key in _TENSORS}
+        return replace(self, targets=tuple(t.pin_memory() for t in self.targets), **pinned)
 
 
 _TENSORS = ("images", "sizes", "original_sizes", "image_index")

@@ -141,6 +141,7 @@ class Criterion:
         num_boxes: Float[Tensor, ""] | float,  # Objects of the global batch a process, at least 1
         encoder: tuple[Tensor, Tensor] | None = None,  # Logits and boxes of the selected proposals
         denoising: tuple[Tensor, Tensor, Matches, int] | None = None,  # Logits, boxes, pairs, number of groups
+        num_asked: float | None = None,  # As `num_boxes`, of the objects that denoising asks about; None: of all
     ) -> dict[str, Float[Tensor, ""]]:
         layers = len(logits)
         names = [f"_{i}" for i in range(layers - 1)] + [""]
@@ -152,6 +153,8 @@ class Criterion:
         named = {f"{term}{name}": value[i] for term, value in terms.items() for i, name in enumerate(names)}
         if denoising is not None:
             said_logits, said_boxes, pairs, groups = denoising
-            terms = set_loss(said_logits, said_boxes, targets, pairs, num_boxes * groups, self.weights, self.kind)
+            terms = set_loss(
+                said_logits, said_boxes, targets, pairs, (num_asked or num_boxes) * groups, self.weights, self.kind
+            )
             named |= {f"{term}_dn_{i}": value[i] for term, value in terms.items() for i in range(layers)}
         return named

@@ -167,13 +167,16 @@ def loss(
     self: TransformersDetector,
     outputs: PeerOutputs,
     targets: tuple[Targets, ...] | None = None,  # Already known to `forward`
-    num_boxes: Tensor | float | None = None,  # Counted by transformers itself
+    num_boxes: Tensor | float | None = None,  # As `RTDETR.loss` has it; those of these images when None
+    num_asked: float | None = None,  # Here denoising asks about all objects
 ) -> dict[str, Float[Tensor, ""]]:  # Weighted terms by name; the loss is their sum
     "transformers' own loss, its main terms by our names."
     if outputs.terms is None:
         raise InputError("these outputs carry no loss", remedy="call forward in training mode, with targets")
     names = {"loss_vfl": "vfl", "loss_bbox": "l1", "loss_giou": "giou"}
-    return {names.get(name, name.removeprefix("loss_")): value for name, value in outputs.terms.items()}
+    own = max(1, sum(map(len, targets or ())))  # what transformers has divided by
+    share = own / num_boxes if num_boxes is not None else 1.0
+    return {names.get(name, name.removeprefix("loss_")): value * share for name, value in outputs.terms.items()}
 
 
 TransformersDetector.forward, TransformersDetector.loss = forward, loss

@@ -22,6 +22,7 @@ from ..data.batch import Batch, Resize, Targets, check_contents, pad_to, to_pixe
 from ..detections import Detections
 from ..losses.criterion import Criterion
 from ..losses.denoising import Denoising, make_denoising
+from ..losses.denoising import num_asked as num_asked_about
 from .backbones import make_backbone
 from .decoder import Decoder, DecoderOutputs
 from .hybrid_encoder import Frame, HybridEncoder
@@ -229,16 +230,19 @@ def loss(
     outputs: Outputs,
     targets: tuple[Targets, ...],  # One an image
     num_boxes: Float[Tensor, ""] | float | None = None,  # At least 1; counted here when None
+    num_asked: float | None = None,  # Objects that denoising asks about, counted likewise
 ) -> dict[str, Float[Tensor, ""]]:  # Weighted terms by name; the loss is their sum
     "The loss of what `forward` said in training."
     if num_boxes is None:
         num_boxes = float(max(1, sum(map(len, targets))))
+        num_asked = float(max(1, num_asked_about(targets, self.config.num_denoising)))
     d = outputs.decoder
     answers = None
     if outputs.denoising is not None:
         answers = (d.denoising_logits, d.denoising_boxes, outputs.denoising.matches, outputs.denoising.groups)
     proposals = (d.proposal_logits, d.proposal_boxes)
-    terms = self.criterion(d.logits, d.boxes, targets, num_boxes, encoder=proposals, denoising=answers)
+    counts = {"num_boxes": num_boxes, "num_asked": num_asked}
+    terms = self.criterion(d.logits, d.boxes, targets, encoder=proposals, denoising=answers, **counts)
     if answers is None:
         terms["vfl"] = terms["vfl"] + 0 * self.decoder.denoising_class.weight.sum()
     return terms

@@ -39,7 +39,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 # %% ../../nbs/train/52_checkpoint.ipynb #be1f6455
-FORMAT = "neo_nb training state 1"
+FORMAT = "neo_nb training state 2"
 
 
 def save_state(

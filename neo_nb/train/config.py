@@ -84,6 +84,9 @@ class TrainConfig(ModelSettings):
         description="auto, cpu, cuda or cuda:N; auto: a GPU if there is one",
     )
     compile: bool = Field(False, description="torch.compile: minutes at the start, faster steps")
+    deterministic: bool = Field(
+        False, description="kernels that repeat themselves on a GPU: slower by a tenth to a third"
+    )
     checkpointing: bool = Field(False, description="compute layers twice in training, to need less memory")
     precision: Precision = Field(
         "auto", description="of the network, losses are fp32; auto: fp32 on a CPU, bf16 or fp16 on a GPU"
@@ -94,7 +97,9 @@ class TrainConfig(ModelSettings):
         100, ge=1, description="COCO's cap of detections an image and class; AP@num_queries comes along"
     )
     patience: int = Field(0, ge=0, description="stop after so many epochs without a better one; 0: never")
-    max_minutes: float = Field(0.0, ge=0, description="stop after the epoch that passes it; 0: never")
+    max_minutes: float = Field(
+        0.0, ge=0, description="the schedule is laid into so many, evaluations included; 0: no limit"
+    )
     overfit_batches: int = Field(0, ge=0, description="train and evaluate on the first batches alone, unaugmented")
     keep: int = Field(0, ge=0, description="besides best and last, keep the newest so many epochs")
     checkpoint_steps: int = Field(0, ge=0, description="also save every so many updates; 0: at epochs")

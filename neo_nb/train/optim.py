@@ -72,12 +72,22 @@ class Ema:
         self.decay, self.ramp, self.step = decay, max(ramp, 1.0), 0
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(
+        self,
+        model: nn.Module,
+        skip: torch.Tensor | None = None,  # 1 on the device: the average stays as it is
+    ) -> None:
         "Move the average towards the model's weights by one update."
         self.step += 1
         decay = min(self.decay, 1 - 1 / max(self.ramp, 2.0)) * (1 - math.exp(-self.step / self.ramp))
         own, new = self.model.state_dict(), model.state_dict()
-        moving = [key for key, value in own.items() if value.is_floating_point()]
-        torch._foreach_lerp_([own[k] for k in moving], [new[k].detach() for k in moving], 1 - decay)
-        for key in own.keys() - set(moving):
-            own[key].copy_(new[key])
+        moving, counts = ([k for k, v in own.items() if v.is_floating_point() is kind] for kind in (True, False))
+        pairs = [own[k] for k in moving], [new[k].detach() for k in moving]
+        # a step of gradient descent: with the weights as gradient and a decay of 1 it is w + rate · (new - w), all
+        # tensors in one kernel that can be told on the device to do nothing
+        torch._fused_sgd_(
+            *pairs, [], weight_decay=1.0, momentum=0.0, lr=1 - decay, dampening=0.0, nesterov=False, maximize=True,
+            is_first_step=False, found_inf=skip,
+        )  # fmt: skip
+        if counts:  # of the batches that norms have seen
+            torch._foreach_copy_([own[k] for k in counts], [new[k] for k in counts])

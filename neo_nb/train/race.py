@@ -94,7 +94,7 @@ class Racer(Trainer):
         "Train for a time, evaluating on the way."
         total, spent, start, rows = 60 * minutes, 0.0, 0.0, []
         batches, at = self._batches(), self.position
-        self.wrapped.train()
+        self.model.train()
         while spent < total:
             begin = time.process_time()
             values, _ = self.update(next(batches))
@@ -107,10 +107,11 @@ class Racer(Trainer):
             at["epoch"] = min(int(spent / total * self.config.epochs), self.config.epochs - 1)
             if self._release and at["epoch"] >= self.config.freeze_epochs:
                 self._hold_backbone()
-                self.wrapped.train()
+                self.model.train()
             if self._stage != self._stage_of(at["epoch"]):
                 self.loader, self._stage = self._train_loader(at["epoch"]), self._stage_of(at["epoch"])
             if spent >= total * (len(rows) + 1) / evaluations:
+                self._settle()
                 rows.append({"updates": at["step"], "cpu_minutes": round(spent / 60, 4)} | self._score())
         return rows
 

@@ -71,15 +71,20 @@ def evaluate_epoch(self: Trainer, tracker: Tracker | None) -> dict[str, Any]:
     numbers = {
         k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k not in ("max_dets", "iou_threshold")
     }
-    means = {name: float(self.sums[name] / self.sums["updates"]) for name in ("loss", "vfl", "l1", "giou")}
+    means = {
+        name: float(self.sums[name] / self.sums["updates"].clamp(min=1)) for name in ("loss", "vfl", "l1", "giou")
+    }
     losses = {name if name == "loss" else f"loss_{name}": value for name, value in means.items()}
-    self.sums = {}
+    skipped, self.sums = int(self.sums["skipped"]), {}
     at = {
         "epoch": self.position["epoch"] + 1,
         "step": self.position["step"],
         "minutes": self.minutes(),
         "lr": self._lr(),
+        "skipped": skipped,  # updates that were left out
     }
+    if self.pace is not None:  # what there is time for, of config.epochs
+        at |= {"epochs": self.pace.epochs(self.total), "updates": self.total}
     self.rows.append(at | losses | numbers)
     score = metrics[self.config.best_by]
     better = score >= 0 and score > self.best
@@ -137,15 +142,17 @@ def save(self: Trainer, path: Path, streams: list[dict]) -> None:
     save_state(
         path,
         {
-            "model": self.accelerator.unwrap_model(self.wrapped).state_dict(),
+            "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
             "ema_step": self.ema.step,
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
             "rng": streams,
             "position": self.position,
-            "batch_size": self.batch_size,
-            "accumulation": self.accumulation,
+            "micro": self.micro,
+            "total": self.total,
+            "evaluations": self.pace.evaluations if self.pace else [],
+            "in_a_row": self._in_a_row,
             "rows": self.rows,
             "best": self.best,
             "sums": self.sums,
@@ -193,9 +200,13 @@ def load(self: Trainer, path: Path) -> None:
     self.optimizer.load_state_dict(state["optimizer"])
     if self.accelerator.scaler is not None:
         self.accelerator.scaler.load_state_dict(state["scaler"])
-    self.rows, self.best, self.sums, self.seconds = (state[key] for key in ("rows", "best", "sums", "seconds"))
-    self.batch_size, self.accumulation = state["batch_size"], state["accumulation"]
-    self.loader, self._stage = self._train_loader(self.position["epoch"]), self._stage_of(self.position["epoch"])
+    self.rows, self.best, self.seconds = (state[key] for key in ("rows", "best", "seconds"))
+    self.sums = {name: value.to(self.accelerator.device) for name, value in state["sums"].items()}
+    self.micro, self._in_a_row = state["micro"], state["in_a_row"]
+    if self.pace is not None:
+        self.total, self.pace.evaluations = state["total"], state["evaluations"]
+        self.ema.ramp = max(self.config.ema_warmup * self.total, 1.0)
+    self.loader, self._stage = self._train_loader(self._at()), self._stage_of(self._at())
     set_rng_state(state["rng"][self.accelerator.process_index])
 
 
@@ -211,16 +222,20 @@ def fit(self: Trainer) -> dict[str, Any]:  # best, last: metrics; epochs, minute
     at, stopped = self.position, False
     bar = tqdm(total=self.total, initial=at["step"], unit="update", disable=not main, mininterval=1.0, ncols=110)
     with Interrupt() as interrupt, bar:
-        while at["epoch"] < config.epochs and not stopped:
-            bar.set_description_str(f"epoch {at['epoch'] + 1}/{config.epochs}", refresh=False)
+        while at["epoch"] < config.epochs and at["step"] < self.total and not stopped:
+            epochs = self.pace.epochs(self.total) if self.pace else config.epochs
+            bar.set_description_str(f"epoch {at['epoch'] + 1}/{epochs}", refresh=False)
             if self.epoch(bar, interrupt, tracker):
                 break
-            metrics = self.evaluate_epoch(tracker)
+            begin = time.perf_counter()
+            self.evaluate_epoch(tracker)
             if main:
                 tqdm.write(epoch_line(self.rows[-1], config))
             at["epoch"], at["part"], at["batch"] = at["epoch"] + 1, 0, 0
             self._checkpoint()
-            stopped = self._enough(metrics)
+            if self.pace is not None:
+                self.pace.evaluations.append(time.perf_counter() - begin)
+            stopped = self._enough()
     if tracker:
         tracker.finish()
     rows = [row for row in self.rows if row.get(config.best_by, -1) >= 0]
@@ -228,6 +243,10 @@ def fit(self: Trainer) -> dict[str, Any]:  # best, last: metrics; epochs, minute
     return {"best": best, "last": self.rows[-1] if self.rows else None, "epochs": len(self.rows)} | {
         "minutes": self.minutes(),
         "interrupted": interrupt.asked,
+        "ended": self._why(interrupt.asked),
+        "planned_epochs": config.epochs,
+        "fitted_epochs": self.pace.epochs(self.total) if self.pace else config.epochs,
+        "skipped": sum(row["skipped"] for row in self.rows),
         "counts": dict(self.loader.counts),
     }
 
@@ -235,20 +254,23 @@ def fit(self: Trainer) -> dict[str, Any]:  # best, last: metrics; epochs, minute
 def epoch_line(row: dict[str, Any], config: TrainConfig) -> str:
     "An epoch in a line."
     numbers = "  ".join(f"{name} {row[name]:.3f}" for name in ("AP", "AP50", "F1") if name in row)
-    return f"epoch {row['epoch']:>3}/{config.epochs}  {row['minutes']:6.1f} min  loss {row.get('loss', math.nan):7.3f}  {numbers}"
+    return f"epoch {row['epoch']:>3}/{row.get('epochs', config.epochs)}  {row['minutes']:6.1f} min  loss {row.get('loss', math.nan):7.3f}  {numbers}"
 
 
-def _enough(self: Trainer, metrics: dict[str, Any]) -> bool:
-    "Whether patience or time is over."
-    scores = [row[self.config.best_by] for row in self.rows]
-    patient = self.config.patience and len(scores) - 1 - int(np.argmax(scores)) >= self.config.patience
-    late = self.config.max_minutes and self.minutes() >= self.config.max_minutes
-    return bool(
-        self.accelerator.reduce(torch.tensor(float(patient or late), device=self.accelerator.device), "sum") > 0
-    )
+def _enough(self: Trainer) -> bool:
+    "Whether patience is over; the rows are the same in all processes."
+    scores, patience = [row[self.config.best_by] for row in self.rows], self.config.patience
+    return bool(patience and scores) and len(scores) - 1 - int(np.argmax(scores)) >= patience
+
+
+def _why(self: Trainer, interrupted: bool) -> str:
+    "Why a run ended: interrupted, patience, time (the schedule was laid into less than all epochs) or epochs."
+    if self.position["step"] < self.total:
+        return "interrupted" if interrupted else "patience"
+    return "time" if self.pace is not None and self.total < self.pace.planned else "epochs"
 
 # %% ../../nbs/train/55_trainer.ipynb #a9fd0c2b
-Trainer.fit, Trainer._enough = fit, _enough
+Trainer.fit, Trainer._enough, Trainer._why = fit, _enough, _why
 
 
 def train(
