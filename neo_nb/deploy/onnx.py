@@ -11,6 +11,7 @@ __all__ = ['Exported', 'export_onnx', 'compare', 'verify_onnx']
 import copy
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -93,13 +94,14 @@ def _to_onnx(model: nn.Module, size: tuple[int, int], batch: int | str, max_dets
     # a sample of one would be taken for a size that never changes
     sample = _sample(size, model.contract.divisor, 2 if dynamic else batch)
     any_batch = {0: torch.export.Dim("batch", min=1, max=1024)}
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name: batch")  # three inputs share it, as they should
         program = torch.onnx.export(
             Exported(network, max_dets).eval(),
             sample,
             input_names=INPUTS,
             output_names=OUTPUTS,
-            opset_version=opset,
+            opset_version=max(opset, 18),
             dynamic_shapes={name: any_batch for name in INPUTS} if dynamic else None,
             dynamo=True,
             external_data=False,
@@ -109,6 +111,11 @@ def _to_onnx(model: nn.Module, size: tuple[int, int], batch: int | str, max_dets
     first = proto.graph.input[0].type.tensor_type.shape.dim[0]
     if dynamic and not first.dim_param:
         raise InputError(f"the exporter fixed the batch at {first.dim_value}", None, "export with batch=1")
+    if opset == 17:
+        _as_17(proto)
+    written = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
+    if written != opset:
+        raise InputError(f"the exporter wrote opset {written} instead of {opset}", None, "17 and 18 are sure to work")
     return proto
 
 
@@ -125,6 +132,26 @@ def _describe(proto, record: dict) -> None:
     proto.producer_name = "neo_nb"
     onnx.helper.set_model_props(proto, {"neo_nb": json.dumps(record)})
     onnx.checker.check_model(proto, full_check=True)
+
+# %% ../../nbs/deploy/61_onnx.ipynb #63fd9ecb
+def _as_17(proto) -> None:
+    "Opset 18 in the words of 17; the checker refuses whatever else of 18 is left."
+    from onnx import helper, numpy_helper
+
+    constants = {item.name: item for item in proto.graph.initializer}
+    constants |= {node.output[0]: node.attribute[0].t for node in proto.graph.node if node.op_type == "Constant"}
+    for node in proto.graph.node:
+        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.input) == 2:
+            axes = numpy_helper.to_array(constants[node.input.pop()])  # an input in 18, an attribute before
+            node.attribute.append(helper.make_attribute("axes", axes.tolist()))
+        for item in list(node.attribute):
+            # equal parts, and what says that 18 shall do as 17 does
+            same = item.name in ("antialias", "noop_with_empty_axes") and item.i == 0
+            same |= item.name == "keep_aspect_ratio_policy" and item.s == b"stretch"
+            if node.op_type != "ReduceSum" and (same or (node.op_type == "Split" and item.name == "num_outputs")):
+                node.attribute.remove(item)
+    proto.ir_version = min(proto.ir_version, 8)  # what came with 17
+    next(item for item in proto.opset_import if item.domain in ("", "ai.onnx")).version = 17
 
 # %% ../../nbs/deploy/61_onnx.ipynb #6bb559d8
 def compare(
