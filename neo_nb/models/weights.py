@@ -324,11 +324,10 @@ def load_weights(
         raise InputError(f"no tensor of it fits {model.model_name}", path, "start from weights of the same model")
     fits = {k for k in own.keys() & tensors.keys() if own[k].shape == tensors[k].shape or k in (*by_class, *part)}
     fits -= {k for k in own if k.startswith(CLASS_HEADS) and not whole and k not in by_class}
-    missing = (k for k in own if k not in fits and not k.endswith("num_batches_tracked"))  # frozen norms have none
-    unused = (k for k in tensors if k not in fits)
-    found = (tuple(sorted(x)) for x in (by_class, part, missing, unused))
+    missing = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]  # frozen norms have none
+    found = (tuple(sorted(x)) for x in (by_class, part, missing, (k for k in tensors if k not in fits)))
     fresh = tuple(f"{label} {name}" for label, name in enumerate(model.class_names) if label not in rows)
-    adopted = _adopt(model, contract) if any(k.startswith("backbone.") for k in fits) else ""
+    adopted = "" if any(k.startswith("backbone.") for k in missing) else _adopt(model, contract)
     return WeightsReport(str(path), placed, *found, words, fresh, adopted)
 
 # %% ../../nbs/models/38_weights.ipynb #a6a3bdd2
