@@ -330,9 +330,8 @@ def _files(run: Path) -> str:
         "detections.npz": "every detection",
         "run.json": "what the run was made of",
     }
-    rows = "".join(
-        f'<dt><a href="{name}">{name}</a></dt><dd>{text}</dd>' for name, text in words.items() if (run / name).exists()
-    )
+    found = {name: text for name, text in words.items() if (run / name).exists()}
+    rows = "".join(f'<dt><a href="{name}">{name}</a></dt><dd>{text}</dd>' for name, text in found.items())
     return f"<dl>{rows}</dl>" if rows else ""
 
 # %% ../nbs/72a_report.ipynb #28a35650

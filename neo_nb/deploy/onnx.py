@@ -155,7 +155,7 @@ def _as_17(proto) -> None:
     proto.ir_version = min(proto.ir_version, 8)  # what came with 17
     next(item for item in proto.opset_import if item.domain in ("", "ai.onnx")).version = 17
 
-# %% ../../nbs/deploy/61_onnx.ipynb #6bb559d8
+# %% ../../nbs/deploy/61_onnx.ipynb #1c5c3b26
 def _pairs(one: Detections, two: Detections, iou_threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Rows of each that are the same box of the same class, and how far they overlap."
     from scipy.optimize import linear_sum_assignment
@@ -174,7 +174,7 @@ def _odd(kind: str, image: int, found: Detections, row: int, other: float | None
     label, score = found.class_names[found.labels[row]], round(float(found.scores[row]), 4)
     return {"image": image, "in": kind, "class": label, "score": score, "other_score": other, "box": box}
 
-
+# %% ../../nbs/deploy/61_onnx.ipynb #6bb559d8
 def compare(
     a: Detections,
     b: Detections,  # Of the same images

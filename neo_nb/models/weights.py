@@ -330,7 +330,7 @@ def load_weights(
     adopted = "" if any(k.startswith("backbone.") for k in missing) else _adopt(model, contract)
     return WeightsReport(str(path), placed, *found, words, fresh, adopted)
 
-# %% ../../nbs/models/38_weights.ipynb #a6a3bdd2
+# %% ../../nbs/models/38_weights.ipynb #d2e13878
 def _source(path: Path, model: RTDETR) -> tuple[dict[str, Tensor], list[str] | None, RTDETRConfig, InputContract]:
     "Tensors, class names, configuration and input contract of what a model starts from."
     if not is_foreign(path):
@@ -349,7 +349,7 @@ def _adopt(model: RTDETR, contract: InputContract) -> str:
     model.contract = contract
     return ", ".join(f"{key} {new[key]} instead of {old[key]}" for key in new if new[key] != old[key])
 
-
+# %% ../../nbs/models/38_weights.ipynb #a6a3bdd2
 def _classes(tensors: dict[str, Tensor]) -> int:
     return len(tensors["decoder.enc_score.weight"]) if "decoder.enc_score.weight" in tensors else -1
 

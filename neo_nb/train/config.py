@@ -11,7 +11,7 @@ __all__ = ['DEFAULT', 'PLAIN', 'DEIM', 'RECIPES', 'ModelSettings', 'TrainConfig'
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..core import InputError, nearest, pick
 
@@ -47,7 +47,7 @@ class ModelSettings(BaseModel):
 
     @field_validator("classes")
     @classmethod
-    def _of_weights(cls, how: str, info: ValidationInfo) -> str:
+    def _of_weights(cls, how: str, info: Any) -> str:
         if how != "auto" and info.data.get("weights") is None:
             raise ValueError("it says how weights are taken over, and there are none")
         return how
