@@ -172,10 +172,10 @@ def _export(run: Path) -> str:
         for kind in ("torch", "onnx")
     )
     head = "".join(f"<th>{n}</th>" for n in names)
-    word, mark = ("passed", "good") if found["passed"] else ("failed", "bad")
-    verdict = (
-        f'<p>AP differs by {found["difference"]:.4f}, allowed {found["allowed"]:.4f}: <b class="{mark}">{word}</b></p>'
-    )
+    word, mark = found.get("verdict", "passed" if found["passed"] else "failed"), "good" if found["passed"] else "bad"
+    told = escape(found.get("told", "").partition(": ")[2])
+    verdict = f'<p><b class="{mark}">{escape(word)}</b>{": " + told if told else ""}</p>'
+    verdict += f"<p>AP differs by {found['difference']:.4f}.</p>"
     about = _pairs(
         {key: found[key] for key in ("file", "megabytes", "opset", "batch", "inputs", "outputs") if key in found}
     )
@@ -328,6 +328,7 @@ def _files(run: Path) -> str:
         "weights/best.safetensors": "weights of the best epoch: <code>neo evaluate</code>, <code>neo export</code> and <code>neo predict</code> take it",
         "weights/last.pt": "state of the training: <code>neo train --resume</code>",
         "model.onnx": "the exported network",
+        "model.unproven.onnx": "an exported network of which nobody knows that it finds what the model finds",
         "notebook.html": "the executed notebook as a page",
         "results.csv": "a row an epoch",
         "metrics.json": "every number",
@@ -335,9 +336,8 @@ def _files(run: Path) -> str:
         "detections.npz": "every detection",
         "run.json": "what the run was made of",
     }
-    rows = "".join(
-        f'<dt><a href="{name}">{name}</a></dt><dd>{text}</dd>' for name, text in words.items() if (run / name).exists()
-    )
+    found = {name: text for name, text in words.items() if (run / name).exists()}
+    rows = "".join(f'<dt><a href="{name}">{name}</a></dt><dd>{text}</dd>' for name, text in found.items())
     return f"<dl>{rows}</dl>" if rows else ""
 
 # %% ../nbs/72a_report.ipynb #28a35650

@@ -52,6 +52,7 @@ def results_text(
         for name, row in list(rows.items())[:30]:
             lines.append("  ".join([f"{name:{width}}"] + [f"{number_text(row.get(key)):>7}" for key in columns]))
         lines += [f"… and {len(rows) - 30} more classes"] * (len(rows) > 30)
+    lines += ["", f"export {metrics['proof_told']}"] if "proof_told" in metrics else []
     return "\n".join(lines)
 
 # %% ../nbs/72_results.ipynb #c35c6a6b

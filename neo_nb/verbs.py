@@ -203,6 +203,7 @@ def export(
     opset: int = 18,  # ONNX operator set, 17 or later
     data: str | None = None,  # Data set that proves it; the one it was trained on when not given
     split: str = "val",  # Split of the data set
+    min_score: float = 0.05,  # From this score on a detection of torch must be one of ONNX too
     device: str = "auto",  # Where both are proven: auto, cpu, cuda or cuda:N
     precision: Precision = "auto",  # Of torch in the proof; auto: the file's own
 ) -> Result:
@@ -210,11 +211,13 @@ def export(
     path = find_artifact(artifact)
     if batch != "dynamic" and not (batch.isdigit() and int(batch) > 0):
         raise InputError(f"batch is a number above 0 or dynamic, found {batch!r}", "neo export")
+    if not 0 < min_score < 1:
+        raise InputError(f"a score is between 0 and 1, found {min_score}", "neo export")
     check_device(device)
     data = _data_of(path, data, split)
     run = run_about("export", path, data)
     given = {"artifact": path, "batch": batch, "size": size, "opset": opset, "data": data, "split": split}
-    return run_notebook("export", run, given | {"device": device, "precision": precision})
+    return run_notebook("export", run, given | {"min_score": min_score, "device": device, "precision": precision})
 
 # %% ../nbs/72e_verbs.ipynb #5ecc4d65
 def benchmark(

@@ -105,11 +105,38 @@ def pth(tmp_path_factory):
 def test_a_folder_of_transformers_gives_what_it_knows_by_name(folder):
     model = create_model("rtdetr_nano", class_names=("person", "cell"), blocks=3)
     fresh = model.decoder.enc_score.weight.clone()
-    report = load_weights(model, folder)
+    with pytest.raises(InputError, match=r"1 fit by name \(cell\), 1 do not \(person\); choose --classes by-name"):
+        load_weights(model, folder)
+    report = load_weights(model, folder, classes="by-name")
     theirs, _ = load_model(folder)
     assert torch.equal(model.decoder.enc_score.weight[1], theirs.decoder.enc_score.weight[2])
     assert torch.equal(model.decoder.enc_score.weight[0], fresh[0])
     assert not report.fresh and not report.unused and report.by_class, str(report)
+    assert report.fresh_classes == ("0 person",) and "1 classes begin fresh (0 person)" in str(report)
+
+
+def test_placeholder_names_of_transformers_go_by_position_and_predict_what_theirs_predict(tmp_path):
+    from transformers import RTDetrV2ForObjectDetection
+
+    torch.manual_seed(0)
+    theirs = RTDetrV2ForObjectDetection(peer_config(VARIANTS["rtdetr_nano"], 80)).eval()
+    torch.nn.init.normal_(theirs.model.enc_score_head.weight, std=0.3)
+    for head in theirs.model.decoder.class_embed:
+        torch.nn.init.normal_(head.weight, std=0.3)
+    theirs.save_pretrained(tmp_path)
+    labels = json.loads((tmp_path / "config.json").read_text())["id2label"]
+    assert labels["0"] == "LABEL_0" and len(labels) == 80
+    for names in ({"num_classes": 80}, {"class_names": [f"thing {i}" for i in range(80)]}):
+        model = create_model("rtdetr_nano", **names, blocks=3).eval()
+        report = load_weights(model, tmp_path)
+        assert (report.classes, report.fresh, report.fresh_classes, report.unused) == ("by position", (), (), ())
+        images = torch.rand(2, 3, 96, 160)
+        with torch.no_grad():
+            ours, said = model(images), theirs(pixel_values=images)
+        torch.testing.assert_close(ours.logits, said.logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours.boxes, said.pred_boxes, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match=r"its classes are LABEL_0, LABEL_1, .*\(80\), the model's class_0.*\(3\)"):
+        load_weights(create_model("rtdetr_nano", 3), tmp_path)
 
 
 @pytest.mark.parametrize("wrap", ["plain", "model", "ema"])
@@ -123,9 +150,12 @@ def test_the_references_layout_comes_back_whole(tmp_path, pth, wrap):
         assert torch.equal(back.state_dict()[key], value), key
 
 
-def test_heads_without_names_stay_fresh_and_are_named(tmp_path, pth):
+def test_heads_without_names_stay_fresh_only_when_asked_and_are_named(pth):
     model = create_model("rtdetr_nano", class_names=("person", "head"))
-    report = load_weights(model, pth[0])
+    with pytest.raises(InputError, match=r"without names \(1 of them\).* choose --classes fresh \(all begin fresh\)"):
+        load_weights(model, pth[0])
+    report = load_weights(model, pth[0], classes="fresh")
+    assert report.fresh_classes == ("0 person", "1 head")
     heads = [name for name in model.state_dict() if re.search(r"enc_score|decoder\.score|denoising_class", name)]
     assert set(report.fresh) == set(heads) and set(report.unused) == set(heads)
     assert "decoder.enc_score.weight" in str(report)
@@ -151,6 +181,10 @@ def test_both_are_evaluated_and_fine_tuned_from_the_shell(neo, workplace, folder
     status, out, err = neo("train", "--data", data, "--model", "rtdetr_nano", "--weights", pth[0], *words)
     assert status == 0, err
     status, out, err = neo("train", "--data", data, "--model", "rtdetr_nano", "--weights", folder, *words)
+    assert status == 0, err  # `cell` is one of theirs
+    choice = ["--classes", "fresh"]
+    status, out, err = neo("train", "--data", data, "--model", "rtdetr_nano", "--weights", folder, *choice, *words)
+    assert "1 classes begin fresh (0 cell)" in out + err
     assert status == 0, err  # three blocks there, one here: what fits is taken, the rest is named
 
 

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from ..annotations import Annotations
 from ..core import InputError
-from ..data.batch import Batch, Resize, check_size, pad_to
+from ..data.batch import Batch, check_size, pad_to
 from ..data.loader import make_loader
 from ..data.transforms import prepare
 from ..detections import Detections, concat
 from ..devices import autocast, count_cores, find_card, resolve_device, resolve_precision
-from ..models.weights import load_model, model_record
+from ..models.weights import load_model, model_record, read_contract
 
 # %% ../../nbs/deploy/60_artifact.ipynb #b4a79ba9
 INPUTS, OUTPUTS = ("images", "sizes", "original_sizes"), ("boxes", "scores", "labels")
@@ -51,8 +51,8 @@ class Artifact:
         self.precision: str = resolve_precision(precision, self.device)
         self.record, self.size, self.batch = record, check_size(size), batch
         self.class_names, self.category_ids = tuple(record["class_names"]), tuple(record["category_ids"])
-        self.divisor: int = record["contract"]["divisor"]
-        self.resize: Resize = record["contract"].get("resize", "letterbox")  # older records know no other
+        self.contract = read_contract(record)
+        self.divisor, self.resize = self.contract.divisor, self.contract.resize
         self.num_queries: int = record["config"]["num_queries"]
 
     def __repr__(self) -> str:
@@ -320,6 +320,7 @@ def _onnx_record(session, path: str | Path) -> dict:
     if not isinstance(record, dict) or names != (INPUTS, OUTPUTS):
         what = f"an ONNX file, but without our record (inputs {', '.join(names[0])}; outputs {', '.join(names[1])})"
         raise InputError(what, path, "export it with export_onnx, which stores classes and input size")
+    read_contract(record, path)  # mean and std are in the graph; what it asks of the caller must be known here
     return record
 
 # %% ../../nbs/deploy/60_artifact.ipynb #62954df3

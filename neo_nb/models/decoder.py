@@ -191,7 +191,7 @@ def select(
         logits = self.enc_score(content)
     else:
         content, logits = (y.gather(1, chosen.expand(-1, -1, y.shape[-1])) for y in (content, logits))
-    reference = anchors.expand(len(logits), -1, -1).gather(1, chosen.expand(-1, -1, 4))
+    reference = anchors.expand(logits.shape[0], -1, -1).gather(1, chosen.expand(-1, -1, 4))
     return content, logits, own_precision(self.enc_box, content).float() + reference
 
 # %% ../../nbs/models/33_decoder.ipynb #cce46a12

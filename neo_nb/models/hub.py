@@ -41,10 +41,9 @@ def input_table(record: dict) -> str:
         "size (height, width)": f"{size[0]} x {size[1]}" if size else "not recorded",
         "divisor": f"{contract['divisor']}: other sizes work, both sides are padded to a multiple of it",
         "padding": "with 0, at the bottom and the right, after normalisation; nothing is detected there",
-        "values": "uint8 0..255, or float 0..1",
+        "values": "RGB, uint8 0..255, or float 0..1",
         "mean, std": f"{_numbers(contract['mean'])} and {_numbers(contract['std'])}, on 0..1, by channel",
-        "colour order": "RGB",
-        "resize": contract["resize"],
+        "resize": contract.get("resize", "letterbox"),
     }
     return "\n".join(["| input | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
 

@@ -28,7 +28,10 @@ class ModelSettings(BaseModel):
     pretrained: bool = Field(False, description="timm's weights for a timm backbone")
     freeze_norms: bool = Field(False, description="keep all batch norms fixed: for fine-tuning with tiny batches")
     freeze_epochs: int = Field(0, ge=0, description="first epochs with the backbone fixed, its statistics too")
-    weights: str | None = Field(None, description="start from the weights of a run or a file (classes may differ)")
+    weights: str | None = Field(None, description="start from the weights of a run or a file")
+    classes: Literal["auto", "by-name", "by-position", "fresh"] = Field(
+        "auto", description="with weights: how their classes become these; auto: only where nothing is to guess"
+    )
     size: tuple[int, int] | None = Field(
         None, description="(height, width) of the content, pixels; None: from the data"
     )
@@ -45,6 +48,13 @@ class ModelSettings(BaseModel):
     )
     workers: int = Field(0, ge=0, description="loader processes a training process")
     cache: bool = Field(False, description="keep the scaled pictures in memory, if they fit")
+
+    @field_validator("classes")
+    @classmethod
+    def _of_weights(cls, how: str, info: Any) -> str:
+        if how != "auto" and info.data.get("weights") is None:
+            raise ValueError("it says how weights are taken over, and there are none")
+        return how
 
     @field_validator("dense")
     @classmethod

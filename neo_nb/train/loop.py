@@ -166,7 +166,7 @@ def build_model(config: TrainConfig, table: Annotations) -> RTDETR:
     model.criterion, model.contract = Criterion(config.loss), replace(model.contract, resize=config.resize)
     model.size = check_size(config.size or size_for(table, 640))
     if config.weights:
-        print(load_weights(model, config.weights))
+        print(load_weights(model, config.weights, config.classes))
     if config.freeze_norms:
         freeze_norms(model)
     elif config.sync_bn and PartialState().num_processes > 1 and PartialState().device.type == "cuda":
