@@ -325,6 +325,6 @@ def verify_onnx(
     said, expected = artifact(images), reference(images).top_k(artifact.record["max_dets"])
     result = prove(expected, said, precision, min_score) | {"images": len(images)}
     size = artifact.batch or 1
-    batch = prepare([images[i % len(images)] for i in range(size)], artifact.size, artifact.divisor)
+    batch = prepare([images[i % len(images)] for i in range(size)], artifact.size, artifact.divisor, artifact.resize)
     times = {f"{a.kind}_ms": _milliseconds(a.run, batch, repeats) for a in (reference, artifact)}
     return result | {"batch": size} | times

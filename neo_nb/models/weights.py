@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core import InputError, atomic_write
+from ..core import InputError, atomic_write, pick
+from ..data.batch import Resize
 from .layouts import infer_config, read_foreign
 from .rtdetr import RTDETR, InputContract, RTDETRConfig
 from .zoo import VARIANTS, create_model
@@ -81,6 +82,7 @@ def read_contract(
                 f"the input contract has {key} = {value!r}", where, "correct the record, or save it again"
             )
     contract = replace(default, **saved)
+    pick(contract.resize, get_args(Resize), "resize")
     coarsest = max(record["config"].get("strides") or RTDETRConfig().strides)
     if contract.divisor < 1 or contract.divisor % coarsest:
         what = f"the input contract pads to multiples of {contract.divisor}, its coarsest level has stride {coarsest}"
@@ -191,7 +193,7 @@ def _load_foreign(path: str | Path, class_names: Sequence[str] | None, device) -
     own = model.state_dict()
     tensors |= {k: own[k] for k in own if k.endswith("num_batches_tracked") and k not in tensors}
     load_strictly(model, tensors, path)
-    model.size = (640, 640)
+    model.size, model.contract = (640, 640), replace(model.contract, resize="stretch")  # as all were trained
     return model.to(device).eval(), model_record(model) | {"source": str(path), "unnamed": unnamed}
 
 # %% ../../nbs/models/38_weights.ipynb #2a3dc870
