@@ -78,7 +78,7 @@ class TrainConfig(ModelSettings):
     compile: bool = Field(
         False, description="torch.compile: minutes at the start, faster steps; not with checkpointing"
     )
-    deterministic: bool = Field(False, description="kernels that repeat themselves on a GPU: up to a third slower")
+    deterministic: bool = Field(False, description="kernels that repeat themselves on a GPU, not the fastest ones")
     checkpointing: bool = Field(False, description="compute layers twice in training, to need less memory")
     precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of the network; losses are fp32")
     seed: int = Field(0, ge=0, lt=2**32, description="of everything drawn")
