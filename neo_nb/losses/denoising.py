@@ -36,7 +36,7 @@ def num_asked(
     "About how many objects a group of denoising queries asks."
     return sum(min(len(target), num_denoising) for target in targets)
 
-
+# %% ../../nbs/losses/22_denoising.ipynb #c3af4064
 @torch.no_grad()
 def make_denoising(
     targets: tuple[Targets, ...],  # One an image

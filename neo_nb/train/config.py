@@ -93,19 +93,17 @@ class TrainConfig(ModelSettings):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="auto, cpu, cuda or cuda:N; auto: a GPU if there is one",
     )
-    compile: bool = Field(False, description="torch.compile: minutes at the start, faster steps")
-    deterministic: bool = Field(
-        False, description="kernels that repeat themselves on a GPU: slower by a tenth to a third"
+    compile: bool = Field(
+        False, description="torch.compile: minutes at the start, faster steps; not with checkpointing"
     )
+    deterministic: bool = Field(False, description="kernels that repeat themselves on a GPU, not the fastest ones")
     checkpointing: bool = Field(False, description="compute layers twice in training, to need less memory")
     precision: Precision = Field(
         "auto", description="of the network, losses are fp32; auto: fp32 on a CPU, bf16 or fp16 on a GPU"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of everything drawn")
     best_by: Literal["AP", "AP50", "F1"] = Field("AP", description="which epoch is best")
-    max_dets: int = Field(
-        100, ge=1, description="COCO's cap of detections an image and class; AP@num_queries comes along"
-    )
+    max_dets: int = Field(100, ge=1, description="COCO's cap per image and class; AP@num_queries comes along")
     patience: int = Field(0, ge=0, description="stop after so many epochs without a better one; 0: never")
     max_minutes: float = Field(
         0.0, ge=0, description="the schedule is laid into so many, evaluations included; 0: no limit"

@@ -156,9 +156,15 @@ def set_arithmetic(
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not deterministic, deterministic
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
-
+# %% ../../nbs/train/54_loop.ipynb #81ec0821
 def build_model(config: TrainConfig, table: Annotations) -> RTDETR:
     "The model that the settings ask for, for the classes of a table."
+    if config.compile and config.checkpointing:  # the compiler cannot look into a checkpoint that keeps the statistics
+        what, remedy = (
+            "compile and checkpointing exclude each other",
+            "choose compile for speed, checkpointing for memory",
+        )
+        raise InputError(what, None, remedy)
     overrides: dict[str, Any] = {"pretrained": config.pretrained} if config.pretrained else {}
     overrides |= {key: getattr(config, key) for key in ("num_queries", "backbone") if getattr(config, key)}
     names = {"class_names": table.class_names, "category_ids": table.category_ids}
@@ -258,7 +264,7 @@ def epoch(
     self._settle()
     return False
 
-
+# %% ../../nbs/train/54_loop.ipynb #a376c2e2
 def _note(self: Loop, values: dict[str, Tensor], bar: tqdm, tracker: Tracker | None) -> None:
     "Add an update's numbers to the epoch's, show and log every tenth: of those that the host knows already."
     new = torch.stack(list(values.values())).double()  # where they are: reading them would wait

@@ -46,10 +46,7 @@ class Ranks:
         return found
 
     @torch.no_grad()
-    def average(
-        self,
-        tensors: Iterable[Tensor],  # Of one dtype, of the same shapes in every process
-    ) -> None:
+    def average(self, tensors: Iterable[Tensor]) -> None:  # Of one dtype, of the same shapes in every process
         "Replace each tensor by its mean over the processes."
         for some in buckets(tensors, BUCKET) if self.world > 1 else ():
             flat = torch.cat([tensor.reshape(-1) for tensor in some]) / self.world
@@ -61,8 +58,7 @@ class Ranks:
     def start_alike(self, model: nn.Module) -> None:
         "Give every process the weights of the first one."
         for tensor in model.state_dict().values() if self.world > 1 else ():
-            sent = tensor.contiguous()
-            dist.broadcast(sent, 0)
+            dist.broadcast(sent := tensor.contiguous(), 0)
             tensor.copy_(sent)
 
 # %% ../../nbs/train/53c_ranks.ipynb #f54b882c

@@ -102,7 +102,7 @@ def evaluate_epoch(self: Trainer, tracker: Tracker | None) -> dict[str, Any]:
                 old.unlink()
     return metrics
 
-
+# %% ../../nbs/train/55_trainer.ipynb #e417a3e9
 def minutes(self: Trainer) -> float:
     "Time spent so far, that of earlier parts of a resumed run included."
     return round((self.seconds + time.perf_counter() - self.started) / 60, 3)
@@ -161,7 +161,7 @@ def save(self: Trainer, path: Path, streams: list[dict]) -> None:
         },
     )
 
-
+# %% ../../nbs/train/55_trainer.ipynb #37ee9922
 def _identity(self: Trainer) -> dict[str, Any]:
     "What must be the same for a resume to mean the same run."
     length = {key: getattr(self.config, key) for key in ("epochs", "repeat", "lr", "backbone_lr", "seed", "policy")}
@@ -250,7 +250,7 @@ def fit(self: Trainer) -> dict[str, Any]:  # best, last: metrics; epochs, minute
         "counts": dict(self.loader.counts),
     }
 
-
+# %% ../../nbs/train/55_trainer.ipynb #b01b014f
 def epoch_line(row: dict[str, Any], config: TrainConfig) -> str:
     "An epoch in a line."
     numbers = "  ".join(f"{name} {row[name]:.3f}" for name in ("AP", "AP50", "F1") if name in row)

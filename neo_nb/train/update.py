@@ -95,7 +95,7 @@ def update(
     self._pending = Pending(*begun, list(rows), names, numbers, totals, self._lr(), ready)
     return dict(zip(names, values.unbind())), stopping
 
-
+# %% ../../nbs/train/53f_update.ipynb #941db50e
 def _step(self: Updater, moving: list[nn.Parameter], loss: Tensor) -> tuple[Tensor, Tensor]:
     "Clip and step, unless something is not finite, which is decided on the device: the norm, and 1 if left out."
     scaler = self.accelerator.scaler
@@ -139,7 +139,7 @@ def _gradients(self: Updater, batches: list[Batch], stop: bool, streams: dict) -
             return done, stopping > 0
         self._halve(error)
 
-
+# %% ../../nbs/train/53f_update.ipynb #c0ab879d
 def _part(
     self: Updater, batch: Batch, num_boxes: float, num_asked: float
 ) -> tuple[dict[str, Tensor], Tensor, list[int]]:
@@ -156,7 +156,7 @@ def _part(
     said = torch.cat([total.detach()[None], values.detach()]).unbind()
     return dict(zip(["loss", *names], said)), total.detach(), rows
 
-
+# %% ../../nbs/train/53f_update.ipynb #0cb7199a
 def sum_terms(
     parts: Sequence[dict[str, Tensor]],  # Loss terms of each part; one without any object has fewer
 ) -> dict[str, Tensor]:
