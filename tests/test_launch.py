@@ -75,7 +75,7 @@ def test_bad_input_in_a_process_is_bad_input_here(tmp_path):
 
 
 def test_a_loss_that_is_no_number_is_one_error(tmp_path):
-    from neo_nb.train.loop import NonFiniteLoss
+    from neo_nb.train.update import NonFiniteLoss
 
     with pytest.raises(NonFiniteLoss, match="image ids"):
         train_processes(**small(tmp_path, lr=1e30, backbone_lr=1e30, clip=0, warmup=0, epochs=4), processes=2)

@@ -30,8 +30,8 @@ from ..data.manifest import load_dataset
 from ..devices import count_cores, resolve_device
 from .config import TrainConfig
 from .interrupt import Interrupt
-from .loop import NonFiniteLoss
 from .trainer import train
+from .update import NonFiniteLoss
 
 # %% ../../nbs/train/57_launch.ipynb #ee6fac5d
 def count_processes(
