@@ -162,3 +162,25 @@ def test_enough_time_changes_nothing(tmp_path, table):
     timed = train(small(**config, max_minutes=60), tmp_path / "timed", table, table)
     one, two = (tensors(load_state(tmp_path / name / "weights/last.pt")) for name in ("free", "timed"))
     assert [key for key in one if not torch.equal(one[key], two[key])] == [] and timed["ended"] == "epochs"
+
+
+def test_a_state_of_format_1_goes_on_as_one_of_today(tmp_path):
+    table = pictures(tmp_path / "pictures")
+    config = make_config(size=(64, 96), batch_size=2, epochs=2, repeat=1, tracker="none", device="cpu", cache=False)
+    first = Trainer(config, tmp_path / "new", table, table)
+    first._enough = lambda: True  # as if it had been stopped after an epoch
+    first.fit()
+    path = tmp_path / "new/weights/last.pt"
+    state = load_state(path)
+    for key in ("micro", "total", "evaluations", "in_a_row"):
+        del state[key]
+    rows = [{k: v for k, v in row.items() if k != "skipped"} for row in state["rows"]]
+    old = state | {"format": "neo_nb training state 1", "batch_size": 2, "accumulation": 1, "rows": rows}
+    torch.save(old, tmp_path / "old.pt")
+    ended = []
+    for file in (path, tmp_path / "old.pt"):
+        again = Trainer(config, tmp_path / file.stem, table, table)
+        again.load(file)
+        ended.append(again.fit()["last"])
+    for column in ("step", "loss", "AP", "lr", "skipped"):
+        assert ended[0][column] == ended[1][column], column

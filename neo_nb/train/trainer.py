@@ -203,7 +203,9 @@ def load(self: Trainer, path: Path) -> None:
     self.rows, self.best, self.seconds = (state[key] for key in ("rows", "best", "seconds"))
     self.sums = {name: value.to(self.accelerator.device) for name, value in state["sums"].items()}
     self.micro, self._in_a_row = state["micro"], state["in_a_row"]
-    if self.pace is not None:
+    if "batch_size" in state:  # of format 1: its place is counted in batches as they were then
+        self.position["batch"] = self.position["batch"] * state["batch_size"] // self.config.batch_size
+    elif self.pace is not None:
         self.total, self.pace.evaluations = state["total"], state["evaluations"]
         self.ema.ramp = max(self.config.ema_warmup * self.total, 1.0)
     self.loader, self._stage = self._train_loader(self._at()), self._stage_of(self._at())
