@@ -152,6 +152,7 @@ def inference(
     batch: int = 1,
     compiled: bool = False,  # torch.compile as well: a minute each
     device: str = "cpu",
+    backend: str = "inductor",  # Of torch.compile
 ) -> dict[str, Callable[[], object]]:
     "What is timed for inference."
     ours, peer = (x.to(device) for x in pair(name))
@@ -165,7 +166,7 @@ def inference(
         "ours, deployed": lambda: fast(images),
     }
     if compiled:
-        network = torch.compile(ours.deploy(packed=False).network)
+        network = torch.compile(ours.deploy(packed=False).network, backend=backend)
         calls["ours, compiled"] = lambda: network(images)
     if device == "cpu":
         calls["ours, ONNX Runtime"] = _onnx(ours, images)
@@ -194,6 +195,8 @@ def training(
     frozen: bool = False,  # The backbone's norms, on both sides
     device: str = "cpu",
     only: str | None = None,  # One side alone, to measure its memory
+    precision: torch.dtype | None = None,  # Of autocast in the forward pass and the loss; none when None
+    backend: str | None = None,  # Of torch.compile for our network's parts; not compiled when None
 ) -> dict[str, Callable[[], object]]:
     "What is timed for training: forward, loss, backward and an AdamW step."
     ours, peer = (x.to(device) for x in pair(name, freeze_bn=frozen))
@@ -203,11 +206,18 @@ def training(
     none = torch.zeros(0, 4, device=device)
     targets = tuple(Targets(b, labels.to(device), none) for b in boxes)
     theirs = [{"class_labels": t.labels, "boxes": t.boxes} for t in targets]
+    for part in (ours.backbone, ours.encoder, ours.decoder) if backend else ():
+        part.compile(backend=backend)
     losses = {
         "transformers": (peer, lambda: peer(pixel_values=images, labels=theirs).loss),
         "ours": (ours, lambda: sum(ours.loss(ours(images, targets=targets), targets).values())),
     }
-    return {side: _step(*parts) for side, parts in losses.items() if only in (None, side)}
+    sides = {side: parts for side, parts in losses.items() if only in (None, side)}
+    return {side: _step(model, _precise(loss, device, precision)) for side, (model, loss) in sides.items()}
+
+
+def _precise(call: Callable[[], Any], device: str, precision: torch.dtype | None) -> Callable[[], Any]:
+    return call if precision is None else torch.autocast(device, precision)(call)
 
 
 def _step(model: nn.Module, loss: Callable[[], Any]) -> Callable[[], object]:
