@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 from unittest.mock import patch
 
 import numpy as np
@@ -87,6 +87,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.contents = contents
 
+    @no_type_check  # called for every operation
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, note = kwargs or {}, self.contents.note
         if func is _aten._local_scalar_dense.default:
@@ -196,6 +197,7 @@ class _Reads(TorchFunctionMode):
         super().__init__()
         self.contents = contents
 
+    @no_type_check
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is Tensor.backward:
             return _backward(args[0])
