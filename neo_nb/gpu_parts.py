@@ -135,7 +135,7 @@ def step(bench: Bench) -> None:
             bench.say(model=name, size=size, batch=batch, who=who, peak_gib_beyond_weights=mib / 1024)
             free(bench)
 
-
+# %% ../nbs/74_gpu_parts.ipynb #88fb2bd2
 def _one_side(given: dict[str, Any]) -> Callable[[], object]:
     return training(**given)[given["only"]]
 
@@ -153,7 +153,7 @@ def compiled_step(bench: Bench) -> None:
     found = {"model": bench.models[1], "size": bench.sizes[-1], "batch": bench.batches[0], "who": "ours, compiled"}
     bench.say(**found, images_per_s=bench.batches[0] / middle, ms=middle * 1000, first_s=warm)
 
-
+# %% ../nbs/74_gpu_parts.ipynb #a9fc0ddd
 def operations(call: Callable[[], object]) -> int:
     "The floating-point operations of a call, a multiplication and an addition counted as two."
     from torch.utils.flop_counter import FlopCounterMode
@@ -225,7 +225,7 @@ def _timed(bench: Bench, at: dict[str, Any], calls: dict[str, Callable], graphs:
         low, high, most = np.percentile(seconds, [50, 90, 99]) * 1000
         bench.say(**at, who=who, p50_ms=low, p90_ms=high, p99_ms=most)
 
-
+# %% ../nbs/74_gpu_parts.ipynb #f2295f95
 def works(bench: Bench, call: Callable[[], object], at: dict[str, Any]) -> bool:
     "Whether a call runs; why not is a finding."
     try:

@@ -72,7 +72,7 @@ def marked(bench: parts.Bench) -> None:
 def _cell_of(name: str, source: str) -> None:
     exec(compile(source, name, "exec"), dict(vars(importlib.import_module(name))))  # noqa: S102
 
-
+# %% ../nbs/75_gpu_suite.ipynb #841d99ad
 def marked_cells(path: Path) -> Iterator[tuple[str, str]]:  # The chapter's module, and a cell's source
     "The cells of a chapter that need a card; each stands alone beside the chapter's own names."
     sources = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
@@ -81,7 +81,7 @@ def marked_cells(path: Path) -> Iterator[tuple[str, str]]:  # The chapter's modu
         if name and re.search(r"^#\| *gpu *$", source, re.M):
             yield f"neo_nb.{name}", source
 
-
+# %% ../nbs/75_gpu_suite.ipynb #7ed7b2eb
 PARTS = {
     "machine": Part(parts.machine, "What the card can do", 20),
     "same": Part(parts.same, "The same answer on both devices", 40),
@@ -117,7 +117,7 @@ def within(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
-
+# %% ../nbs/75_gpu_suite.ipynb #c47e3a19
 class Findings:
     "What was found, in a file of JSON lines and a table beside it that are whole at any time."
 

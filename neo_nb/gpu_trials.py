@@ -56,9 +56,9 @@ def agreement(
     one: Detections,
     two: Detections,
     score: float = 0.3,  # Detections below it do not count
-) -> tuple[
-    float, float
-]:  # Share of the first with a partner at IoU ≥ .95 in the second; the largest difference of scores
+) -> dict[
+    str, float
+]:  # How many count, the share of them with a partner at IoU ≥ .95, the largest difference of scores
     "How far two answers are the same."
     sure = np.flatnonzero(one.scores >= score)
     partners, apart = 0, 0.0
@@ -69,7 +69,8 @@ def agreement(
             if len(found):
                 partners += 1
                 apart = max(apart, float(np.abs(two.scores[found] - one.scores[i]).min()))
-    return partners / max(1, len(sure)), apart
+    share = partners / len(sure) if len(sure) else np.nan
+    return {"sure": len(sure), "with_partner": share, "largest_score": apart}
 
 # %% ../nbs/74b_gpu_trials.ipynb #6871d2f8
 def scenes(bench: Bench, kind: str) -> tuple[Annotations, Annotations]:
@@ -102,8 +103,7 @@ def precision(bench: Bench) -> None:
     for name in DTYPES:
         with tf32(False):
             said = detect(bench, model, data[1], name)
-        share, apart = agreement(reference, said)
-        found = {"AP": evaluate(said, data[1])["AP"], "with_partner": share, "largest_score": apart}
+        found = {"AP": evaluate(said, data[1])["AP"]} | agreement(reference, said)
         bench.say(where=bench.device, precision=name, **found)
 
 # %% ../nbs/74b_gpu_trials.ipynb #6743231d
@@ -185,7 +185,7 @@ def killed(bench: Bench) -> None:
         ended_by=-child.returncode, epochs=record["epochs"], loss=record["last"]["loss"], AP=record["last"]["AP"]
     )
 
-
+# %% ../nbs/74b_gpu_trials.ipynb #e811765d
 def loading(bench: Bench) -> None:
     "Images per second of the loader alone, beside those of a training step of the small model."
     size = bench.sizes[-1]
