@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test readme lab hooks format clean
+.PHONY: help setup demo test device readme lab hooks format clean
 
 help:  ## This list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -16,6 +16,9 @@ demo: setup  ## Drawn scenes: train, evaluate, export, report (about ten minutes
 
 test: setup  ## Everything that must hold: style, export, imports, notebooks, tests
 	@bash .ci/check.sh
+
+device: setup  ## Pack .gpu/ for a bare machine with one NVIDIA GPU; there: bash .gpu/run.sh FOLDER
+	@bash .ci/device.sh
 
 readme: setup  ## README.md from nbs/index.ipynb
 	@$(PY) .ci/readme.py

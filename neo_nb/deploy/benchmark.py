@@ -175,6 +175,7 @@ def inference(
     compiled: bool = False,  # torch.compile as well: a minute each
     device: str = "cpu",  # auto, cpu, cuda or cuda:N
     precision: str = "fp32",  # auto, fp32, fp16 or bf16: of both sides
+    backend: str = "inductor",  # Of torch.compile
 ) -> dict[str, Callable[[], object]]:
     "What is timed for inference."
     place = resolve_device(device)
@@ -191,7 +192,7 @@ def inference(
         "ours, deployed": lambda: fast(images),
     }
     if compiled:
-        network = torch.compile(ours.deploy(packed=False).network)
+        network = torch.compile(ours.deploy(packed=False), backend=backend)
         calls["ours, compiled"] = lambda: network(images)
     if place.type == "cpu" and precision == "fp32":
         calls["ours, ONNX Runtime"] = _onnx(ours, images)
@@ -231,6 +232,7 @@ def training(
     device: str = "cpu",  # auto, cpu, cuda or cuda:N
     only: str | None = None,  # One side alone, to measure its memory
     precision: str = "fp32",  # auto, fp32, fp16 or bf16: of both sides
+    backend: str | None = None,  # Of torch.compile for our network's parts; not compiled when None
 ) -> dict[str, Callable[[], object]]:
     "What is timed for training: forward, loss, backward and an AdamW step."
     place = resolve_device(device)
@@ -242,6 +244,8 @@ def training(
     none = torch.zeros(0, 4, device=place)
     targets = tuple(Targets(b, labels.to(place), none) for b in boxes)
     theirs = [{"class_labels": t.labels, "boxes": t.boxes} for t in targets]
+    for part in (ours.backbone, ours.encoder, ours.decoder) if backend else ():
+        part.compile(backend=backend)
     losses = {
         "transformers": (peer, lambda: peer(pixel_values=images, labels=theirs).loss),
         "ours": (ours, lambda: sum(ours.loss(ours(images, targets=targets), targets).values())),

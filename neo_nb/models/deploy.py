@@ -85,7 +85,7 @@ class FusedCsp(nn.Module):
         weight, bias = torch.cat([c.weight for c in both])[..., 0, 0], torch.cat([c.bias for c in both])
         x, beside = weight.chunk(2, 1)
         like = nn.Conv2d(x.shape[1], x.shape[1], 1).to(weight)
-        nn.init.dirac_(like.weight), nn.init.zeros_(like.bias)
+        nn.init.eye_(like.weight.data[..., 0, 0]), nn.init.zeros_(like.bias)  # dirac_ writes number by number
         self.first = nn.Sequential(after(like, x), nn.Identity())
         self.second = nn.Sequential(after(project or like, beside, bias), nn.Identity())
         self.activation, self.deep, self.out = csp.short[1], csp.deep[1:], csp.out

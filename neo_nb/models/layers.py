@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from ..core import InputError
@@ -118,12 +119,12 @@ class Mlp(nn.Sequential):
 
 # %% ../../nbs/models/30_layers.ipynb #1d77f469
 def remembered(function: Callable) -> Callable:
-    "Keep what a function of sizes gave for the last 32 of them; a graph that is being made computes it itself."
+    "Keep what a function of sizes gave for the last 32 of them; what is traced or rehearsed computes it itself."
     kept = lru_cache(32)(function)
 
     @wraps(function)
     def call(*args, **kwargs):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode(include_infra_modes=False):
             return function(*args, **kwargs)
         with torch.inference_mode(False):  # or it could not be used in a training later on
             return kept(*args, **kwargs)

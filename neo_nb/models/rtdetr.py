@@ -160,7 +160,7 @@ RTDETR.decoder_layers = property(
 # %% ../../nbs/models/34_rtdetr.ipynb #3f243785
 @remembered
 def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)[:, None, None]
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])  # filled there, not sent
 
 
 def normalise(

@@ -25,6 +25,8 @@ def split(
 ) -> list[Batch]:  # In the batch's order
     "The batch in parts of equal size, or one image apart."
     count = -(-len(batch) // most)
+    if count == 1:
+        return [batch]
     ends = [round(len(batch) * i / count) for i in range(count + 1)]
     return [
         replace(batch, **{f.name: getattr(batch, f.name)[a:b] for f in fields(batch)}) for a, b in zip(ends, ends[1:])
