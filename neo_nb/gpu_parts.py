@@ -36,8 +36,8 @@ class Bench:
     sizes: tuple[tuple[int, int], ...] = ((640, 640), (1088, 1920))  # (height, width)
     batches: tuple[int, ...] = (4, 8)  # Of a training step
     rounds: int = 100  # Calls of each competitor
-    small: tuple[int, tuple[int, int]] = (400, (360, 640))  # Drawn scenes for the nano: how many, (height, width)
-    large: tuple[int, tuple[int, int]] = (320, (1080, 1920))  # … and for the small model
+    small: tuple[int, tuple[int, int]] = (240, (360, 640))  # Drawn scenes for the nano: how many, (height, width)
+    large: tuple[int, tuple[int, int]] = (240, (1080, 1920))  # … and for the small model
     workers: int = 12
     minutes: float = 0.7  # Of the nano's training
     backend: str = "inductor"  # Of torch.compile

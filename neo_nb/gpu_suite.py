@@ -170,21 +170,26 @@ def run(
         deadline = [end]
         given: dict[str, Any] = {"left": lambda: deadline[0] - time.monotonic(), "folder": Path(scratch)}
         bench = parts.rehearsed(say=_nothing, **given) if rehearse else parts.Bench(say=_nothing, **given)
+        if {"loading", "learning"} & set(chosen):
+            trials.draw_ahead(bench)
         for name in chosen:
             deadline[0] = end if rehearse else min(end, time.monotonic() + PARTS[name].seconds)
             bench.say = lambda name=name, **found: findings.say(name, **found)
             _one(name, bench)
+        for process in bench.kept.pop("large", ()):
+            process.kill()
+            process.wait()
     findings.say("suite", ended=True, seconds_left=round(end - time.monotonic(), 1))
     return findings.rows
 
-
+# %% ../nbs/75_gpu_suite.ipynb #97d7ec14
 def _nothing(**_: Any) -> None: ...
 
 
 def _one(name: str, bench: parts.Bench) -> None:
     "A part, whatever comes of it."
     if bench.left() < 3:
-        return bench.say(skipped=f"{bench.left():.0f} s left")
+        return bench.say(skipped=f"{max(0, bench.left()):.0f} s left")
     begin = time.monotonic()
     try:
         with within(bench.left()):
