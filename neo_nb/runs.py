@@ -105,7 +105,7 @@ def _places(run: str | Path) -> list[tuple[str, str]]:
     own = workspace_root(run)  # that in which it lies; a run that was copied out of one belongs to where we stand
     return list(zip(_PLACES, (str(run), str(own if own != run else workspace_root()))))
 
-
+# %% ../nbs/71_runs.ipynb #071a277e
 def read_record(run: str | Path) -> dict:  # Empty when there is none
     "What `run.json` says, with the paths as they are now."
     path = Path(run) / "run.json"
@@ -239,7 +239,7 @@ def _made(run: Path, output: Path) -> dict[str, tuple | None]:  # Path → when 
     stats = {str(p): p.lstat() for p in found}
     return {p: (s.st_mtime_ns, s.st_size, s.st_ino) if stat.S_ISREG(s.st_mode) else None for p, s in stats.items()}
 
-
+# %% ../nbs/71_runs.ipynb #ac94df28
 @contextmanager
 def _settled(run: Path, output: Path, new: bool):
     "Write down how it ended; what ended before anything was made leaves no run, or the run that was there as it was."
@@ -266,7 +266,7 @@ def _settled(run: Path, output: Path, new: bool):
             )
         raise
 
-
+# %% ../nbs/71_runs.ipynb #4258f0c3
 @contextmanager
 def _alone(run: Path):
     "Hold the run's lock. It ends with the process that holds it, however that ends."

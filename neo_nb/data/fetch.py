@@ -252,7 +252,7 @@ def unpack(
         _merge(Path(aside), folder)
     return folder
 
-
+# %% ../../nbs/data/1B_fetch.ipynb #471edef4
 def _extract(members: Iterable[_Member], archive: Path, folder: Path) -> None:
     "Write an archive's files; every name, and whether there is room, is looked at before the first byte is written."
     places = [(member, _checked(member, archive)) for member in members]

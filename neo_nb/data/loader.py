@@ -157,6 +157,9 @@ class Items:
             return {"error": (error.what, error.where and str(error.where), error.remedy)}
 
 # %% ../../nbs/data/19_loader.ipynb #13614547
+_COUNTED = ("images", "objects", "dropped", "hidden")  # What a loader counts
+
+
 def pack(
     samples: Sequence[Sample],
     rows: Sequence[int],  # Of the table
@@ -207,9 +210,7 @@ class Loader:
     size: tuple[int, int]  # (height, width) of the content; with several sizes, the one to validate at
     workers: int = 0
     notes: list[str] = field(default_factory=list)  # What was left out, cut, or is unusual
-    counts: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("images", "objects", "dropped", "hidden"), 0)
-    )
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTED, 0))
 
     def __post_init__(self):
         area = max(h * w for h, w in (pad_to(s, self.items.divisor) for s in self.order.sizes))
@@ -311,8 +312,7 @@ def make_loader(
         notes.append(f"{across:,} of {len(table):,} images stand across the size {size[0]} x {size[1]}: padded")
     stored = None
     if cache:
-        largest = (max(s[0] for s in scales), max(s[1] for s in scales))
-        stored, note = _cached(table, largest, cache_gib, resize)
+        stored, note = _cached(table, tuple(map(max, zip(*scales))), cache_gib, resize)
         notes.append(note)
     items = Items(ImageReader(table, stored), policy, divisor, seed, mosaic, mixup, max_objects, resize)
     weights = table.weights if shuffle and (table.weights != 1).any() else None

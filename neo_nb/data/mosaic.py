@@ -36,7 +36,7 @@ def _quarter(
     matrix = flips(policy, rng, content) @ np.diag([content[1] / w0, content[0] / h0, 1])
     return look(sample, np.array([[scale, 0, x], [0, scale, y], [0, 0, 1]]) @ matrix, quarter, policy, rng)
 
-
+# %% ../../nbs/data/18b_mosaic.ipynb #d077dd0c
 def mosaic(
     samples: Sequence[Sample],  # Four images as they were read
     size: tuple[int, int],  # (height, width) of the network's content area

@@ -74,7 +74,7 @@ def _one_thread(worker: int) -> None:
 
 _LATE, _DEAD = "DataLoader timed out", ("exited unexpectedly", "is killed by signal", "received 0 items of ancdata")
 
-
+# %% ../../nbs/data/18f_workers.ipynb #bb3f1c53
 def _explained(error: BaseException, about: str = "") -> BaseException:
     "One clear line for a worker that died or is silent; any other error as it is."
     if isinstance(error.__cause__, InputError):
@@ -106,6 +106,25 @@ def _say_deaths() -> None:
     signal.signal(signal.SIGCHLD, tell)
 
 # %% ../../nbs/data/18f_workers.ipynb #278dcc38
+def _loader(items: Any, order: Iterable, workers: int, ahead: int) -> DataLoader:
+    "PyTorch's loader: processes, prefetching, page-locked memory."
+    options: dict[str, Any] = {}
+    if workers:
+        fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+        options = dict(persistent_workers=True, prefetch_factor=ahead, multiprocessing_context=fork)
+        options |= dict(timeout=PATIENCE / 2)
+    return DataLoader(
+        items,
+        batch_sampler=order,
+        collate_fn=_hand_over,
+        num_workers=workers,
+        worker_init_fn=_one_thread,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # of its own: torch's global one must not depend on how often we iterate
+        **options,
+    )
+
+# %% ../../nbs/data/18f_workers.ipynb #214c3178
 class Stream:
     "Packed batches, in the order of a sampler; may be gone through again and again."
 
@@ -120,21 +139,7 @@ class Stream:
         self.workers, ahead, self.notes = room(workers, batch, ranks)
         self.piped = 0  # Batches for which there was no shared memory
         self.about = f"{self.workers} workers, a batch takes {batch / 2**20:,.1f} MiB"
-        options: dict[str, Any] = {}
-        if self.workers:
-            fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-            options = dict(persistent_workers=True, prefetch_factor=ahead, multiprocessing_context=fork)
-            options |= dict(timeout=PATIENCE / 2)
-        self._loader = DataLoader(
-            items,
-            batch_sampler=order,
-            collate_fn=_hand_over,
-            num_workers=self.workers,
-            worker_init_fn=_one_thread,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # of its own: torch's global one must not depend on how often we iterate
-            **options,
-        )
+        self._loader = _loader(items, order, self.workers, ahead)
 
     def __iter__(self) -> Iterator[dict]:
         try:
