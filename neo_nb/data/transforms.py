@@ -41,9 +41,11 @@ def stack(
     padded: tuple[int, int],  # (height, width) of the network input
 ) -> UInt8[Tensor, "b 3 h w"]:
     "Images as one tensor: each top left, the rest 0."
-    whole = np.zeros((len(images), *padded, 3), np.uint8)
+    whole = np.empty((len(images), *padded, 3), np.uint8)
     for place, image in zip(whole, images):
-        place[: image.shape[0], : image.shape[1]] = image
+        height, width = image.shape[:2]
+        place[:height, :width] = image
+        place[height:], place[:height, width:] = 0, 0
     return torch.from_numpy(whole).permute(0, 3, 1, 2)  # in memory as the images are: channels last, nothing is turned
 
 
