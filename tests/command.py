@@ -1,12 +1,14 @@
 """The command line in a process of its own, as FiftyOne and a terminal have it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +22,10 @@ def neo(*words: str, wait: bool = True, cwd: Path | None = None, **environment: 
     if wait:
         return subprocess.run(command, capture_output=True, text=True, env=known, timeout=900, cwd=cwd)
     said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads may fill up, and a server then waits
-    process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, env=known, cwd=cwd)
+    # a shell that runs the tests in the background has them ignore Ctrl-C, and their children with them
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    streams = {"stdout": said, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, **streams, env=known, cwd=cwd, preexec_fn=heed)
     process.stdout = said
     return process
 
