@@ -23,7 +23,7 @@ device: setup  ## Pack .gpu/ for a bare machine with one NVIDIA GPU; there: bash
 readme: setup  ## README.md from nbs/index.ipynb
 	@$(PY) .ci/readme.py
 
-lab: setup  ## JupyterLab; begin with nbs/explore.ipynb
+lab: setup  ## JupyterLab; begin with nbs/tutorials/explore.ipynb
 	@.venv/bin/neo lab
 
 hooks: setup  ## Check before every commit what `make test` would complain of

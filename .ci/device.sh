@@ -32,7 +32,7 @@ trap 'rm -rf "$site"' EXIT
 python3 -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir --target "$site" .gpu/wheels/*.whl || exit 1
 export PYTHONPATH="$PWD:$site" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg NO_ALBUMENTATIONS_UPDATE=1
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,power.draw --format=csv
-timeout --kill-after=10 $((seconds + 45)) python3 -m neo_nb.gpu_suite "$folder" --seconds "$seconds" "$@"
+timeout --kill-after=10 $((seconds + 45)) python3 -m neo_nb.gpu.suite "$folder" --seconds "$seconds" "$@"
 RUN
 chmod +x .gpu/run.sh
 

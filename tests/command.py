@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def neo(*words: str, wait: bool = True, cwd: Path | None = None, **environment: str):
     """What ended, or without `wait` the process that runs; nothing of this process's settings is handed on."""
     known = {k: v for k, v in os.environ.items() if not k.startswith(("FIFTYONE", "NEO_"))} | environment
-    command = [sys.executable, "-c", "import sys; from neo_nb.cli import main; sys.exit(main())", *words]
+    command = [sys.executable, "-c", "import sys; from neo_nb.cli.main import main; sys.exit(main())", *words]
     known["PYTHONPATH"] = f"{ROOT}:{known.get('PYTHONPATH', '')}"
     if wait:
         return subprocess.run(command, capture_output=True, text=True, env=known, timeout=900, cwd=cwd)

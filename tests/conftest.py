@@ -11,7 +11,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from neo_nb.check import setup  # noqa: E402
+from neo_nb.base.shape_checks import setup  # noqa: E402
 
 setup()
 

@@ -12,9 +12,9 @@ import pytest
 from browser import CHROMIUM, Browser
 from command import free_port, neo, page_of
 
-from neo_nb.evaluate import database
 from neo_nb.evaluate.errors import KINDS, find_errors
-from neo_nb.results import open_evaluation
+from neo_nb.review import fiftyone_db as database
+from neo_nb.runs.results import open_evaluation
 
 pytestmark = [
     pytest.mark.skipif(database.database_problem() is not None, reason=f"FiftyOne: {database.database_problem()}"),

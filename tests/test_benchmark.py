@@ -5,7 +5,7 @@ import json
 from test_cli import neo, refused, workplace  # noqa: F401  fixtures
 
 from neo_nb.models import create_model, save_weights
-from neo_nb.runs import execute, new_run
+from neo_nb.runs.run import execute, new_run
 
 
 def test_compare_measures_every_side_of_every_case(workplace):  # noqa: F811

@@ -15,9 +15,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from neo_nb.cli import COMMANDS, main
-from neo_nb.core import workspace_root
-from neo_nb.runs import check_parameters, execute, new_run, read_record
+from neo_nb.base.core import workspace_root
+from neo_nb.cli.main import COMMANDS, main
+from neo_nb.runs.run import check_parameters, execute, new_run, read_record
 
 ROOT = workspace_root(Path(__file__).parent)
 
@@ -161,7 +161,7 @@ def test_a_device_that_is_not_here_is_never_replaced(neo, workplace):
 
 
 def test_help_names_every_command_and_imports_nothing_heavy():
-    code = "import sys; from neo_nb.cli import main; s = main(['--help']); print(sorted(sys.modules), file=sys.stderr); sys.exit(s)"
+    code = "import sys; from neo_nb.cli.main import main; s = main(['--help']); print(sorted(sys.modules), file=sys.stderr); sys.exit(s)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert said.returncode == 0 and all(name in said.stdout for name in COMMANDS)
     assert not any(f"'{name}'" in said.stderr for name in ("torch", "numpy", "cv2", "pandas", "papermill"))
@@ -323,7 +323,7 @@ def test_ctrl_c_reaches_the_kernel_and_the_exit_status_says_so(workplace):
     path = notebook(workplace, "import pathlib, time\npathlib.Path(run, 'ready').touch()\ntime.sleep(60)")
     run = new_run(workplace / "reports")
     code = (
-        "import sys\nfrom neo_nb.cli import _failed\nfrom neo_nb.runs import execute\n"
+        "import sys\nfrom neo_nb.cli.main import _failed\nfrom neo_nb.runs.run import execute\n"
         f"try: execute({str(path)!r}, {str(run)!r})\nexcept BaseException as error: sys.exit(_failed(error))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=ROOT)
@@ -344,7 +344,7 @@ def test_a_kernel_dies_with_its_parent(workplace):
         workplace, "import os, pathlib, time\npathlib.Path(run, 'pid').write_text(str(os.getpid()))\ntime.sleep(90)"
     )
     run = new_run(workplace / "reports")
-    code = f"from neo_nb.runs import execute\nexecute({str(path)!r}, {str(run)!r})"
+    code = f"from neo_nb.runs.run import execute\nexecute({str(path)!r}, {str(run)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, cwd=ROOT)
     for _ in range(600):
         if (run / "pid").exists() and (run / "pid").read_text():

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from neo_nb.core import InputError
-from neo_nb.deploy.artifact import load_artifact
+from neo_nb.base.core import InputError
+from neo_nb.deploy.detector import load_artifact
 from neo_nb.deploy.onnx import export_onnx
 from neo_nb.models.hub import input_table
 from neo_nb.models.weights import load_model, load_weights, model_record, read_contract, save_weights

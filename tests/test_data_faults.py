@@ -10,13 +10,13 @@ import pytest
 import yaml
 from test_round_trip import FORMATS
 
-from neo_nb.annotations import Annotations, fingerprint
-from neo_nb.core import InputError
-from neo_nb.data.checks import CHECKS, check_dataset
+from neo_nb.base.annotations import Annotations, fingerprint
+from neo_nb.base.core import InputError
 from neo_nb.data.coco import write_coco
 from neo_nb.data.dice import write_dice
-from neo_nb.data.imports import import_dataset
+from neo_nb.data.importer import import_dataset
 from neo_nb.data.manifest import changes_of, load_dataset, load_manifest, read_split
+from neo_nb.data.validate import CHECKS, check_dataset
 from neo_nb.data.voc import read_voc, write_voc
 from neo_nb.data.yolo import read_yolo, write_yolo
 

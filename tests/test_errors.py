@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from test_metrics import make
 
+from neo_nb.base.detections import Detections
+from neo_nb.cli.commands import _data_of, check_data
 from neo_nb.data.manifest import load_manifest
-from neo_nb.detections import Detections
 from neo_nb.evaluate.coco_metrics import coco_metrics
 from neo_nb.evaluate.compare import compare_detections
 from neo_nb.evaluate.errors import KINDS, confusion_matrix, error_costs, find_errors
 from neo_nb.evaluate.operating_point import ALL, evaluate, match_detections, threshold_curves
 from neo_nb.evaluate.slices import BUCKETS, of_images, slice_metrics
-from neo_nb.runs import record
-from neo_nb.verbs import _data_of, check_data
+from neo_nb.runs.run import record
 
 
 def iou(a, b) -> float:

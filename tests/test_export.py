@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_cli import coco, neo, workplace  # noqa: F401  fixtures
 
-from neo_nb.deploy.artifact import INPUTS, OUTPUTS, TorchArtifact, load_artifact
+from neo_nb.deploy.detector import INPUTS, OUTPUTS, TorchArtifact, load_artifact
 from neo_nb.deploy.onnx import BOUNDS, Exported, NotProven, compare, export_onnx, prove, settle, verify_onnx
 from neo_nb.models.weights import save_weights
 from neo_nb.models.zoo import create_model

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from neo_nb.core import InputError
-from neo_nb.data.fetch import download, fetch, unpack
+from neo_nb.base.core import InputError
+from neo_nb.data.download import download, fetch, unpack
 
 DATA = bytes(range(256)) * 2000  # 512,000 bytes
 SHA = f"sha256:{hashlib.sha256(DATA).hexdigest()}"
@@ -161,7 +161,7 @@ def test_not_found_is_said_at_once(tmp_path):
 def test_a_killed_download_goes_on(tmp_path):
     """SIGKILL in the middle, then a second process: the part is used."""
     with serve(slow=0.02) as (url, asked, _):
-        code = f"from neo_nb.data.fetch import download; download({url!r}, {str(tmp_path / 'f')!r}, {SHA!r})"
+        code = f"from neo_nb.data.download import download; download({url!r}, {str(tmp_path / 'f')!r}, {SHA!r})"
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
         part = tmp_path / "f.part"
         deadline = time.monotonic() + 60
@@ -276,7 +276,7 @@ def escape():
 @pytest.mark.parametrize("name", ["cells.tar", "cells.tar.gz"])
 def test_a_tar_cannot_write_outside_through_links_longer_than_a_path(workspace, tmp_path, name, capsys):
     """Through `neo data fetch`, from a server."""
-    from neo_nb.cli import main
+    from neo_nb.cli.main import main
 
     content = escape()
     if name.endswith("gz"):
@@ -333,9 +333,7 @@ def test_a_name_with_a_nul_and_a_negative_size(tmp_path):
     header = bytes(whole[1024:1536])
     whole[1024 + 148 : 1024 + 156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
     (tmp_path / "negative.tar").write_bytes(bytes(whole))
-    code = (
-        f"from neo_nb.data.fetch import unpack; unpack({str(tmp_path / 'negative.tar')!r}, {str(tmp_path / 'out')!r})"
-    )
+    code = f"from neo_nb.data.download import unpack; unpack({str(tmp_path / 'negative.tar')!r}, {str(tmp_path / 'out')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "holds 'second', a file of a negative size" in done.stderr
     assert not left(tmp_path / "out")

@@ -13,16 +13,16 @@ import pytest
 from command import ROOT, neo
 from test_metrics import make
 
-from neo_nb.annotations import Annotations, fingerprint
-from neo_nb.core import InputError
+from neo_nb.base.annotations import Annotations, fingerprint
+from neo_nb.base.core import InputError
+from neo_nb.base.detections import Detections, save_detections
 from neo_nb.data.manifest import load_dataset
-from neo_nb.detections import Detections, save_detections
-from neo_nb.evaluate import database
-from neo_nb.evaluate.browse import make_dataset, pull_tags
 from neo_nb.evaluate.errors import find_errors
 from neo_nb.evaluate.operating_point import evaluate, match_detections
-from neo_nb.results import open_evaluation
-from neo_nb.runs import record
+from neo_nb.review import fiftyone_db as database
+from neo_nb.review.fiftyone_dataset import make_dataset, pull_tags
+from neo_nb.runs.results import open_evaluation
+from neo_nb.runs.run import record
 
 needs_database = pytest.mark.skipif(
     database.database_problem() is not None, reason=f"FiftyOne: {database.database_problem()}"
@@ -39,7 +39,7 @@ def fo(tmp_path_factory):
 @needs_database
 def test_another_folder_is_another_database(fo, tmp_path):
     fo.Dataset("of this folder alone")
-    code = "import sys; from neo_nb.evaluate.database import open_database; print(open_database(sys.argv[1]).list_datasets())"
+    code = "import sys; from neo_nb.review.fiftyone_db import open_database; print(open_database(sys.argv[1]).list_datasets())"
     known = {k: v for k, v in os.environ.items() if not k.startswith("FIFTYONE")} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "db"], capture_output=True, text=True, env=known)
     assert done.returncode == 0, done.stderr

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from neo_nb.data.loader import make_loader
-from neo_nb.data.scenes import make_scenes
-from neo_nb.gpu_parts import tf32
+from neo_nb.gpu.parts import tf32
 from neo_nb.models import create_model
+from neo_nb.synthetic.crowds import make_scenes
 from neo_nb.train.config import make_config
 from neo_nb.train.rehearsal import rehearsal
 from neo_nb.train.trainer import Trainer

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from neo_nb.gpu_suite import PARTS, Findings, keep, main, markdown
+from neo_nb.gpu.suite import PARTS, Findings, keep, main, markdown
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +48,7 @@ def found(tmp_path_factory):
     python, site = bare_python(folder)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL"))}
     env |= {"PYTHONPATH": f"{ROOT}:{site}", "CUDA_VISIBLE_DEVICES": ""}
-    command = [python, "-m", "neo_nb.gpu_suite", folder, "--rehearse", "--seconds", "900"]
+    command = [python, "-m", "neo_nb.gpu.suite", folder, "--rehearse", "--seconds", "900"]
     ended = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     loaded = subprocess.run([python, "-c", "import fastcore"], env=env, capture_output=True)
@@ -85,7 +85,7 @@ def test_lines_and_page_are_whole_and_can_be_kept(found, tmp_path):
     assert all(f"## {part.title}\n" in page for part in PARTS.values())
     assert keep(folder / "gpu.jsonl", tmp_path) == tmp_path / "kept" / "rehearsal" / "gpu.md"
     kept = (tmp_path / "kept" / "rehearsal" / "gpu.md").read_text()
-    assert kept.splitlines()[2].split(",")[0] == "`python -m neo_nb.gpu_suite FOLDER --rehearse --seconds 900`"
+    assert kept.splitlines()[2].split(",")[0] == "`python -m neo_nb.gpu.suite FOLDER --rehearse --seconds 900`"
 
 
 def test_a_card_names_its_folder(tmp_path, capsys, monkeypatch):

@@ -47,6 +47,50 @@ def test_cells_and_modules_stay_small(path):
     assert sum(len(s.splitlines()) for s in sources) <= 400
 
 
+ORDER = re.compile(r"\d\d_([a-z][a-z0-9_]*)")  # two digits, then the name of the module or package
+
+
+def module_of(path: Path) -> str:
+    "nbs/20_data/06_manifest.ipynb is neo_nb.data.manifest; 99_init is the package itself."
+    parts = path.relative_to(ROOT / "nbs").with_suffix("").parts
+    assert all(ORDER.fullmatch(part) for part in parts), f"{path}: two digits, an underscore, the module's name"
+    names = [ORDER.fullmatch(part)[1] for part in parts]
+    return ".".join(names[:-1] + ["__init__"] if names[-1] == "init" else names)
+
+
+@by_name
+def test_a_chapter_is_named_as_its_module(path):
+    (declared,) = re.findall(r"#\| default_exp ([\w.]+)", "\n".join(c["source"] for c in cells(path)))
+    assert declared == module_of(path)
+
+
+def imported(source: str, package: list[str]) -> set[str]:
+    "Modules that a generated file imports when it is imported, without `neo_nb.`"
+    found = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1] + (node.module or "").split(".")
+            base = ".".join(part for part in base if part)
+            found |= {base} | {f"{base}.{name.name}" for name in node.names}
+    return found
+
+
+def test_numbers_are_the_order_of_imports():
+    place = {module_of(p): p.relative_to(ROOT / "nbs").parts for p in CHAPTERS}
+    for module, at in place.items():
+        path = ROOT / "neo_nb" / (module.replace(".", "/") + ".py")
+        package = module.split(".")[:-1]
+        later = [m for m in imported(path.read_text(), package) if m in place and place[m] > at]
+        assert not later, f"{module} imports {later}, whose numbers are larger"
+
+
+def test_every_module_has_its_chapter():
+    known = {module_of(p) for p in CHAPTERS}
+    files = [p.relative_to(ROOT / "neo_nb").with_suffix("") for p in (ROOT / "neo_nb").rglob("*.py")]
+    modules = {".".join(f.parts) for f in files if f.name != "_modidx" and (ROOT / f"neo_nb/{f}.py").stat().st_size}
+    assert modules - known == {"__init__"}, "a module without a chapter"
+
+
 LESSONS = "\n".join(c["source"] for p in NOTEBOOKS for c in cells(p) if is_code(c, exported=False))
 TESTS = "\n".join(p.read_text() for p in (ROOT / "tests").glob("*.py"))
 EXPORTED = "\n".join(c["source"] for p in NOTEBOOKS for c in cells(p) if is_code(c, exported=True))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from huggingface_hub import close_session
 
-from neo_nb.core import InputError
+from neo_nb.base.core import InputError
 from neo_nb.models.hub import CARD, CONFIG, WEIGHTS, YOURS, from_pretrained, is_ours, push_to_hub, save_pretrained
 from neo_nb.models.zoo import create_model
 

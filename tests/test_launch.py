@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from train_worker import pictures
 
-from neo_nb.core import InputError
+from neo_nb.base.core import InputError
 from neo_nb.data.coco import write_coco
 from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from neo_nb.annotations import Annotations, open_table, save_table
-from neo_nb.core import InputError
+from neo_nb.base.annotations import Annotations, open_table, save_table
+from neo_nb.base.core import InputError
+from neo_nb.data.augment import POLICIES, prepare
 from neo_nb.data.loader import make_loader, read_image
-from neo_nb.data.transforms import POLICIES, prepare
 
 BCCD = Path(os.environ.get("NEO_DATA", Path(__file__).parents[2] / "shared" / "data")) / "bccd"
 needs_bccd = pytest.mark.skipif(not BCCD.is_dir(), reason=f"no real images at {BCCD}; set NEO_DATA")
@@ -304,7 +304,7 @@ def test_two_processes_draw_the_same_scenes_at_once(tmp_path):
         "format: scenes\nroot: drawn\nclasses: [person, head]\nsize: [90, 160]\nsplits:\n  val: {num_images: 12}\n"
     )
     code = (
-        "import sys; from neo_nb.annotations import fingerprint; from neo_nb.data.manifest import load_dataset;"
+        "import sys; from neo_nb.base.annotations import fingerprint; from neo_nb.data.manifest import load_dataset;"
         "t = load_dataset(sys.argv[1], 'val'); assert all((t.root / f).is_file() for f in t.file_names.tolist());"
         "print(fingerprint(t))"
     )

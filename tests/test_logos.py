@@ -11,11 +11,11 @@ import pytest
 import torch
 from train_worker import pictures
 
-from neo_nb.core import InputError
+from neo_nb.base.core import InputError
 from neo_nb.data.loader import make_loader
-from neo_nb.data.logos import HD_SIZES, draw_logos, make_logos
 from neo_nb.data.manifest import load_dataset, load_manifest
-from neo_nb.data.marks import LOOK_ALIKES, OUTLINES, Mark, draw_mark, random_mark
+from neo_nb.synthetic.glyphs import LOOK_ALIKES, OUTLINES, Mark, draw_mark, random_mark
+from neo_nb.synthetic.logos import HD_SIZES, draw_logos, make_logos
 from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config
 from neo_nb.train.trainer import Trainer, train
@@ -111,7 +111,7 @@ def test_sizes_are_drawn_from_those_given_and_tags_say_which(tmp_path):
 
 
 def test_an_interrupted_split_is_drawn_anew_and_a_whole_one_is_opened(tmp_path, monkeypatch):
-    from neo_nb.data import logos
+    from neo_nb.synthetic import logos
 
     real, seen = logos.draw_logos, []
 
@@ -330,8 +330,8 @@ splits:
 def test_a_recipe_trains_measures_and_goes_on(tmp_path, monkeypatch):
     import pandas as pd
 
-    from neo_nb.logo_recipe import STEPS, Recipe, paces, run_step, step_latency
-    from neo_nb.logo_verbs import verdicts, write_steps
+    from neo_nb.recipes.small_objects import STEPS, Recipe, paces, run_step, step_latency
+    from neo_nb.recipes.step_report import verdicts, write_steps
 
     monkeypatch.setenv("NEO_DATA", str(tmp_path / "data"))
     (tmp_path / "mini.yaml").write_text(MINI)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neo_nb.boxes import cxcywh_to_xyxy, paired_giou
+from neo_nb.base.boxes import cxcywh_to_xyxy, paired_giou
 from neo_nb.data.batch import Targets
 from neo_nb.losses import matcher
 from neo_nb.losses.criterion import Criterion, mal, varifocal

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from neo_nb.data.merge import merge_tiles, to_whole
+from neo_nb.base.detections import Detections
 from neo_nb.data.tiles import tile_grid
-from neo_nb.detections import Detections
+from neo_nb.deploy.merge_tiles import merge_tiles, to_whole
 
 
 def apart(rng, size, count, low, high, gap=0.0):

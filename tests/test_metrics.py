@@ -6,8 +6,8 @@ import io
 import numpy as np
 import pytest
 
-from neo_nb.annotations import Annotations
-from neo_nb.detections import Detections
+from neo_nb.base.annotations import Annotations
+from neo_nb.base.detections import Detections
 from neo_nb.evaluate.coco_metrics import IOU_THRESHOLDS, RECALLS, SIZES, coco_metrics, coco_tables
 from neo_nb.evaluate.operating_point import ALL, evaluate, match_detections, threshold_curves
 

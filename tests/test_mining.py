@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from neo_nb.annotations import Annotations
-from neo_nb.cli import main
-from neo_nb.core import InputError
-from neo_nb.data.checks import check_dataset
+from neo_nb.base.annotations import Annotations
+from neo_nb.base.core import InputError
+from neo_nb.base.detections import Detections
+from neo_nb.cli.main import main
 from neo_nb.data.coco import write_coco
-from neo_nb.data.copies import find_copies
+from neo_nb.data.hard_negatives import read_mined
 from neo_nb.data.loader import make_loader, read_image
 from neo_nb.data.manifest import Manifest, Split, load_dataset, load_manifest, write_manifest
-from neo_nb.data.mined import read_mined
-from neo_nb.deploy.artifact import TorchArtifact
-from neo_nb.deploy.embed import embed_boxes, embed_images
-from neo_nb.detections import Detections
-from neo_nb.evaluate.mining import distinct, refuse_golden
-from neo_nb.mine_verbs import choose_from, gather, score_before, tags_of, write_round
+from neo_nb.data.near_duplicates import find_copies
+from neo_nb.data.validate import check_dataset
+from neo_nb.deploy.detector import TorchArtifact
+from neo_nb.deploy.embeddings import embed_boxes, embed_images
 from neo_nb.models.weights import save_weights
 from neo_nb.models.zoo import create_model
-from neo_nb.runs import new_run, read_record, record
+from neo_nb.recipes.mine_round import choose_from, gather, score_before, tags_of, write_round
+from neo_nb.review.mining import distinct, refuse_golden
+from neo_nb.runs.run import new_run, read_record, record
 
 SIZE = (96, 128)
 
@@ -335,7 +335,7 @@ def test_a_mined_manifest_that_has_lost_its_data_says_so(detector, place):
 
 
 def test_the_score_before_is_the_runs_own_only_if_it_is_of_this_golden_set(detector, place):
-    from neo_nb.annotations import fingerprint
+    from neo_nb.base.annotations import fingerprint
 
     golden, run = load_dataset("logos", "val"), new_run(data="logos")
     measured = score_before(run, detector, golden)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_rtdetr_properties import distance, drawn, lively
 
-from neo_nb.data.batch import fit, pad_to
-from neo_nb.deploy.artifact import OnnxArtifact, TorchArtifact
+from neo_nb.base.detections import Detections
+from neo_nb.base.geometry import fit, pad_to
+from neo_nb.deploy.detector import OnnxArtifact, TorchArtifact
 from neo_nb.deploy.onnx import export_onnx
-from neo_nb.detections import Detections
 
 FAMILIES = {
     "nano": ("rtdetr_nano", {}),

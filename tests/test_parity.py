@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from neo_nb.models.layouts import infer_config, translate
-from neo_nb.models.peer import peer_config
+from neo_nb.models.convert import infer_config, translate
+from neo_nb.models.transformers_reference import peer_config
 from neo_nb.models.zoo import VARIANTS, create_model
 
 SIZES = [(640, 640), (1088, 1920)]  # (height, width)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from neo_nb.boxes import cxcywh_to_xyxy
+from neo_nb.base.boxes import cxcywh_to_xyxy
 from neo_nb.data.batch import Targets
 from neo_nb.losses.criterion import Criterion, set_loss
 from neo_nb.losses.denoising import attention_mask, make_denoising

@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_cli import coco, neo, refused, workplace  # noqa: F401  fixtures
 
-from neo_nb.core import InputError
+from neo_nb.base.core import InputError
 from neo_nb.deploy import load_artifact
 from neo_nb.models import create_model, load_weights
-from neo_nb.models.peer import peer_config
+from neo_nb.models.transformers_reference import peer_config
 from neo_nb.models.weights import load_model
 from neo_nb.models.zoo import VARIANTS
 

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from neo_nb.data.batch import Targets
-from neo_nb.data.scenes import make_scenes
-from neo_nb.models import hybrid_encoder
-from neo_nb.models.peer import PEERS, TransformersDetector
-from neo_nb.models.position import published_position_embedding
+from neo_nb.models.rtdetr import hybrid_encoder
+from neo_nb.models.transformers_reference import PEERS, TransformersDetector
 from neo_nb.models.zoo import VARIANTS, create_model
+from neo_nb.recipes.equal_time import COMPETITORS, Racer, _peer, final, published_position_embedding, race, read_race
+from neo_nb.synthetic.crowds import make_scenes
 from neo_nb.train.config import make_config
 from neo_nb.train.optim import Ema, lr_factor
-from neo_nb.train.race import COMPETITORS, Racer, _peer, final, race, read_race
 
 NANO = VARIANTS["rtdetr_nano"]
 TINY = {"size": (64, 96), "batch_size": 2}
@@ -132,7 +131,7 @@ def test_the_schedule_ends_when_the_time_does(tmp_path):
 
 
 def test_a_race_that_was_cut_leaves_nothing_half_and_goes_on(few, tmp_path):
-    code = f"from neo_nb.train.race import race; race(['ours'], {few!r}, [0], 10, {str(tmp_path / 'race')!r}, jobs=1)"
+    code = f"from neo_nb.recipes.equal_time import race; race(['ours'], {few!r}, [0], 10, {str(tmp_path / 'race')!r}, jobs=1)"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
     log, deadline = tmp_path / "race" / "ours-0.log", time.monotonic() + 60
     while not log.exists() and time.monotonic() < deadline:

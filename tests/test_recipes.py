@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from neo_nb.core import InputError
+from neo_nb.base.core import InputError
 from neo_nb.data.loader import make_loader
-from neo_nb.data.scenes import make_scenes
+from neo_nb.synthetic.crowds import make_scenes
 from neo_nb.train.config import RECIPES, TrainConfig, make_config
 from neo_nb.train.loop import Loop
 from neo_nb.train.optim import lr_factor

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_tiles import smooth
 
-from neo_nb.core import InputError
+from neo_nb.base.core import InputError
 from neo_nb.data.loader import read_image
 from neo_nb.data.tiles import Regions, tile_grid
 
@@ -100,7 +100,7 @@ CUT = """
 import sys, resource
 from pathlib import Path
 import numpy as np
-from neo_nb.annotations import Annotations
+from neo_nb.base.annotations import Annotations
 from neo_nb.data.tiles import make_tiles
 boxes = np.array([[100, 100, 160, 160], [8000, 6000, 8050, 6040], [15900, 12400, 16000, 12500]])
 table = Annotations([1], ["big.jpg"], [[12500, 16000]], [0, 3], boxes, [0, 0, 0], ("a",), root=Path(sys.argv[1]))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from neo_nb.core import InputError
+from neo_nb.base.core import InputError
 from neo_nb.data.loader import make_loader
-from neo_nb.data.scenes import make_scenes
+from neo_nb.synthetic.crowds import make_scenes
 from neo_nb.train.config import TrainConfig, make_config
 from neo_nb.train.loop import build_model
 from neo_nb.train.rehearsal import Passage, rehearsal

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from neo_nb.annotations import Annotations
+from neo_nb.base.annotations import Annotations
 from neo_nb.data.coco import read_coco, write_coco
 from neo_nb.data.dice import read_dice, write_dice
 from neo_nb.data.voc import read_voc, write_voc

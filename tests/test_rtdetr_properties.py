@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neo_nb.core import InputError
+from neo_nb.base.core import InputError
 from neo_nb.data.batch import Batch
 from neo_nb.models import create_model
 from neo_nb.models.layers import ConvNorm

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from command import neo
 
-from neo_nb.runs import read_record
+from neo_nb.runs.run import read_record
 
 EPOCHS = 6
 SMALL = ["--data", "cells", "--model", "rtdetr_nano", "--epochs", EPOCHS, "--repeat", "1", "--batch-size", "2"]
@@ -147,7 +147,7 @@ def test_of_two_at_once_one_works_and_a_refusal_changes_nothing(interrupted, tmp
 
 def test_the_lock_of_a_killed_process_does_not_hold(interrupted, tmp_path):
     _, run = copy(interrupted, tmp_path / "workspace")
-    code = f"import time\nfrom pathlib import Path\nfrom neo_nb.runs import _alone\nwith _alone(Path({str(run)!r})):\n"
+    code = f"import time\nfrom pathlib import Path\nfrom neo_nb.runs.run import _alone\nwith _alone(Path({str(run)!r})):\n"
     code += "    print('held', flush=True)\n    time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"

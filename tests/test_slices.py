@@ -9,16 +9,16 @@ import pytest
 from test_merge import apart, same_set
 from test_tiles import smooth
 
-from neo_nb.annotations import Annotations
-from neo_nb.boxes import box_iou
-from neo_nb.cli import main
-from neo_nb.core import workspace_root
+from neo_nb.base.annotations import Annotations
+from neo_nb.base.boxes import box_iou
+from neo_nb.base.core import workspace_root
+from neo_nb.base.detections import Detections
+from neo_nb.cli.main import main
 from neo_nb.data.loader import read_image
-from neo_nb.data.merge import to_whole
 from neo_nb.data.tiles import tile_table
-from neo_nb.deploy.artifact import Artifact, load_artifact
-from neo_nb.deploy.sliced import SlicedArtifact
-from neo_nb.detections import Detections
+from neo_nb.deploy.detector import Artifact, load_artifact
+from neo_nb.deploy.merge_tiles import to_whole
+from neo_nb.deploy.tiled import SlicedArtifact
 
 ROOT = workspace_root(Path(__file__).parent)
 

@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from neo_nb.annotations import Annotations
-from neo_nb.core import InputError, workspace_root
+from neo_nb.base.annotations import Annotations
+from neo_nb.base.core import InputError, workspace_root
 from neo_nb.data.loader import read_image
 from neo_nb.data.tiles import SMALL, make_tiles, tile_grid, tile_id, tile_table, whole_of
 

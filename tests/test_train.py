@@ -9,7 +9,7 @@ import pytest
 import torch
 from train_worker import pictures
 
-from neo_nb.core import InputError
+from neo_nb.base.core import InputError
 from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config
 from neo_nb.train.trainer import Trainer, train

@@ -8,8 +8,8 @@ import torch
 from test_train import tensors
 from train_worker import pictures
 
-from neo_nb.core import InputError, derive_seed
-from neo_nb.data.order import Order, drawn, epoch_length
+from neo_nb.base.core import InputError, derive_seed
+from neo_nb.data.sampler import Order, drawn, epoch_length
 from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config
 from neo_nb.train.trainer import Trainer, train

@@ -15,7 +15,7 @@ HEAD = """
 import os, signal, sys, threading, time
 from pathlib import Path
 import numpy as np
-from neo_nb.annotations import Annotations
+from neo_nb.base.annotations import Annotations
 from neo_nb.data.loader import make_loader
 folder, number = Path(sys.argv[1]), 24
 names, sizes, none = [f"{i}.jpg" for i in range(number)], [(108, 192)] * number, np.zeros((0, 4), np.float32)

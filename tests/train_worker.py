@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from neo_nb.annotations import Annotations
+from neo_nb.base.annotations import Annotations
 
 
 def pictures(folder: Path, count: int = 12, size: tuple[int, int] = (96, 128), seed: int = 0) -> Annotations:

@@ -10,10 +10,10 @@ import cv2
 import numpy as np
 import torch
 
-from neo_nb.annotations import Annotations
+from neo_nb.base.annotations import Annotations
 from neo_nb.losses.denoising import Denoising
 from neo_nb.losses.matcher import Matches
-from neo_nb.models import rtdetr
+from neo_nb.models.rtdetr import model as rtdetr
 from neo_nb.train.config import make_config
 from neo_nb.train.loop import Loop, chunks
 
