@@ -52,19 +52,19 @@ class Browser:
         self.calls += 1
         self.socket.send(json.dumps({"id": self.calls, "method": method, "params": words}))
         while True:
-            said = json.loads(self.socket.recv())
-            if said.get("id") == self.calls:
-                assert "error" not in said, said
-                return said["result"]
+            message = json.loads(self.socket.recv())
+            if message.get("id") == self.calls:
+                assert "error" not in message, message
+                return message["result"]
 
     def open(self, address: str) -> None:
         self("Page.navigate", url=address)
 
     def run(self, expression: str) -> Any:
         """The value of an expression of JavaScript."""
-        said = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in said, said
-        return said["result"].get("value")
+        message = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in message, message
+        return message["result"].get("value")
 
     def wait(self, expression: str, seconds: float = 240) -> Any:
         """The value of an expression once it is true."""
@@ -75,7 +75,7 @@ class Browser:
             time.sleep(0.25)
         raise AssertionError(f"not within {seconds} s: {expression}\n{self.run('document.body?.innerText')[:2000]}")
 
-    def picture(self, path: Path) -> Path:
+    def image(self, path: Path) -> Path:
         path.write_bytes(base64.b64decode(self("Page.captureScreenshot", format="png")["data"]))
         return path
 

@@ -21,12 +21,12 @@ def neo(*words: str, wait: bool = True, cwd: Path | None = None, **environment: 
     known["PYTHONPATH"] = f"{ROOT}:{known.get('PYTHONPATH', '')}"
     if wait:
         return subprocess.run(command, capture_output=True, text=True, env=known, timeout=900, cwd=cwd)
-    said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads may fill up, and a server then waits
+    message = tempfile.TemporaryFile("w+")  # a pipe that nobody reads may fill up, and a server then waits
     # a shell that runs the tests in the background has them ignore Ctrl-C, and their children with them
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    streams = {"stdout": said, "stderr": subprocess.STDOUT, "text": True}
+    streams = {"stdout": message, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, **streams, env=known, cwd=cwd, preexec_fn=heed)
-    process.stdout = said
+    process.stdout = message
     return process
 
 

@@ -77,24 +77,24 @@ def expected(workspace) -> SimpleNamespace:
     """What the metrics counted; `tables`, by view: the field, its rows in order, and what they are sorted by."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace.folder)
-        said, table, metrics = open_evaluation(workspace.run)
+        predicted, table, metrics = open_evaluation(workspace.run)
     threshold, count = workspace.found["threshold"], len(table)
-    errors = find_errors(said, table, 0.5, threshold, max_dets=metrics["max_dets"])
+    errors = find_errors(predicted, table, 0.5, threshold, max_dets=metrics["max_dets"])
     assert workspace.found["counts"] == errors.counts()
     kinds = {name: [KINDS.index(kind) for kind in some] for name, some in SHOWN.items()}
     rows = {name: np.flatnonzero(np.isin(errors.kind, some)) for name, some in kinds.items()}
-    tables = {name: ("predictions", some, said.scores[some]) for name, some in rows.items()}
+    tables = {name: ("predictions", some, predicted.scores[some]) for name, some in rows.items()}
     missed = np.flatnonzero(errors.missed)
     tables["misses, largest first"] = ("ground_truth", missed, table.areas[missed])
     tables["misses, smallest first"] = ("ground_truth", missed, -table.areas[missed])
     lost = table.image_index[~errors.found & ~table.iscrowd]
-    wrong = np.bincount(said.image_index[rows["false positives, surest first"]], minlength=count)
+    wrong = np.bincount(predicted.image_index[rows["false positives, surest first"]], minlength=count)
     wrong += np.bincount(lost, minlength=count)
     tables["images with the most errors"] = ("", np.flatnonzero(wrong), wrong[wrong > 0])
     for name, (field, some, by) in tables.items():
         order = np.argsort(-by, kind="stable")
         tables[name] = field, some[order], by[order]
-    return SimpleNamespace(said=said, table=table, tables=tables)
+    return SimpleNamespace(predicted=predicted, table=table, tables=tables)
 
 
 def ask(app: SimpleNamespace, path: str, **words: Any) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def samples_in(answer: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def rows_of(samples: list[dict[str, Any]], field: str) -> list[int]:
-    """Rows of the tables: of the box that a crop shows, or of the picture."""
+    """Rows of the tables: of the box that a crop shows, or of the image."""
     return [(sample[field] if field else sample)["row"] for sample in samples]
 
 
@@ -139,7 +139,7 @@ def test_the_app_is_given_the_boxes_that_were_counted(app, expected):
         assert sorted(given) == sorted(rows.tolist()), name
         place = {row: value for row, value in zip(rows.tolist(), by)}
         assert [place[row] for row in given] == by.tolist(), f"{name}: in order"
-        table = {"predictions": expected.said, "ground_truth": expected.table}.get(field)
+        table = {"predictions": expected.predicted, "ground_truth": expected.table}.get(field)
         for row, sample in zip(given, samples) if field else ():
             height, width = expected.table.sizes[table.image_index[row]]
             x, y, w, h = np.array(sample[field]["bounding_box"]) * (width, height, width, height)
@@ -165,8 +165,8 @@ def test_a_browser_shows_every_view(app, expected, tmp_path):
             assert len(given) >= min(20, len(rows)), name  # as many as fit on the screen
             assert [place[row] for row in given] == by.tolist()[: len(given)], name
         browser.wait("document.querySelectorAll('canvas').length > 4")
-        picture = cv2.imread(str(browser.picture(tmp_path / "app.png")))
-        assert picture.std() > 10
+        image = cv2.imread(str(browser.image(tmp_path / "app.png")))
+        assert image.std() > 10
     finally:
         browser.close()
 

@@ -38,6 +38,6 @@ def test_artifacts_are_timed_alone_and_whole(neo, workplace):  # noqa: F811
     status, out, err = neo("benchmark", workplace / "a.safetensors", "--rounds", "3", "--json")
     assert status == 0, err
     rows = json.loads(out)["latency"]
-    assert [row["competitor"].rpartition(", ")[2] for row in rows] == ["network", "from picture to boxes"]
+    assert [row["competitor"].rpartition(", ")[2] for row in rows] == ["network", "from image to boxes"]
     assert all(row["rounds"] == 3 and row["images/s"] > 0 for row in rows)
     refused(neo("benchmark"), "nothing to time", "--against transformers")

@@ -100,7 +100,7 @@ def coco(folder, **change):
         ("train --data scenes --lr -1", ["lr"]),
         ("train --schedule cosin", ["--schedule", "cosine"]),
         ("train --resume 7", ["no such run: '7'"]),
-        ("evaluate", ["missing: artifact"]),
+        ("evaluate", ["missing: detector"]),
         ("evaluate 12", ["no such run: '12'"]),
         ("evaluate nothing.onnx", ["nothing.onnx", "no such file"]),
         ("export 12", ["no such run"]),
@@ -162,9 +162,9 @@ def test_a_device_that_is_not_here_is_never_replaced(neo, workplace):
 
 def test_help_names_every_command_and_imports_nothing_heavy():
     code = "import sys; from neo_nb.cli.main import main; s = main(['--help']); print(sorted(sys.modules), file=sys.stderr); sys.exit(s)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert said.returncode == 0 and all(name in said.stdout for name in COMMANDS)
-    assert not any(f"'{name}'" in said.stderr for name in ("torch", "numpy", "cv2", "pandas", "papermill"))
+    message = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert message.returncode == 0 and all(name in message.stdout for name in COMMANDS)
+    assert not any(f"'{name}'" in message.stderr for name in ("torch", "numpy", "cv2", "pandas", "papermill"))
 
 
 def test_every_command_has_help(neo):
@@ -181,9 +181,9 @@ def test_json_is_alone_on_standard_output(neo):
 
 def test_doctor_says_what_is_lacking(neo):
     status, out, _ = neo("doctor", "--json")
-    said = json.loads(out)
-    assert status == (0 if said["ok"] else 1)
-    assert {"python", "torch", "gpu", "onnxruntime", "packages"} <= {f["name"] for f in said["findings"]}
+    message = json.loads(out)
+    assert status == (0 if message["ok"] else 1)
+    assert {"python", "torch", "gpu", "onnxruntime", "packages"} <= {f["name"] for f in message["findings"]}
 
 
 def test_debug_shows_the_traceback(neo):

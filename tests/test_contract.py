@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from neo_nb.base.core import InputError
-from neo_nb.deploy.detector import load_artifact
+from neo_nb.deploy.detector import load_detector
 from neo_nb.deploy.onnx import export_onnx
 from neo_nb.models.hub import input_table
 from neo_nb.models.weights import load_model, load_weights, model_record, read_contract, save_weights
@@ -48,8 +48,8 @@ def test_the_contract_comes_back_and_the_detector_sees_what_it_saw(saved):
     with torch.no_grad():
         assert again.normalise(images).shape[-2:] == (128, 192)
         assert torch.equal(again(images).logits, model(images).logits)
-    artifact = load_artifact(path)
-    assert (artifact.contract, artifact.divisor) == (model.contract, 64)
+    detector = load_detector(path)
+    assert (detector.contract, detector.divisor) == (model.contract, 64)
 
 
 def test_what_starts_from_it_takes_its_look_over_and_says_so(saved):
@@ -86,7 +86,7 @@ def test_an_older_record_opens(saved, tmp_path):
 )
 def test_what_cannot_be_kept_is_refused_by_name(saved, tmp_path, contract, words):
     path = changed(saved[1], tmp_path / "x.safetensors", **contract)
-    for opened in (load_model, load_artifact, lambda p: load_weights(create_model("rtdetr_nano", 1), p)):
+    for opened in (load_model, load_detector, lambda p: load_weights(create_model("rtdetr_nano", 1), p)):
         with pytest.raises(InputError, match=words) as caught:
             opened(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
@@ -94,21 +94,21 @@ def test_what_cannot_be_kept_is_refused_by_name(saved, tmp_path, contract, words
 
 def test_onnx_keeps_the_contract_and_refuses_what_it_does_not_know(saved, tmp_path):
     path = export_onnx(saved[0], tmp_path / "model.onnx")
-    artifact = load_artifact(path)
-    assert (artifact.contract, artifact.divisor) == (saved[0].contract, 64)
-    assert artifact.session.get_inputs()[0].shape == [1, 3, 128, 192]
+    detector = load_detector(path)
+    assert (detector.contract, detector.divisor) == (saved[0].contract, 64)
+    assert detector.session.get_inputs()[0].shape == [1, 3, 128, 192]
     for contract, words in (
         ({"color": "bgr"}, "'bgr'"),
         ({"gamma": 2.2}, "gamma, not known"),
         ({"divisor": 48}, "48"),
     ):
-        proto, record = onnx.load(path), artifact.record
+        proto, record = onnx.load(path), detector.record
         onnx.helper.set_model_props(
             proto, {"neo_nb": json.dumps(record | {"contract": record["contract"] | contract})}
         )
         onnx.save(proto, tmp_path / "other.onnx")
         with pytest.raises(InputError, match=words) as caught:
-            load_artifact(tmp_path / "other.onnx")
+            load_detector(tmp_path / "other.onnx")
         assert "other.onnx" in str(caught.value)
 
 

@@ -209,7 +209,7 @@ def test_rows_beside_a_faulty_one_stay(workspace, kind):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_missing_image_folder(workspace, kind):
-    (workspace / "images").rename(workspace / "pictures")
+    (workspace / "images").rename(workspace / "images")
     if kind == "yolo":
         with pytest.raises(InputError, match="image folder .* does not exist"):
             load_dataset(kind, "val")
@@ -236,7 +236,7 @@ def test_boxes_without_area_are_loaded_and_told_once(workspace, caplog):
         table = load_dataset("coco", "val")
     assert len(table.boxes_xyxy) == 3
     lines = [r.getMessage() for r in caplog.records if "faulty" in r.getMessage()]
-    assert len(lines) <= 1  # once a process, and another test may have said it
+    assert len(lines) <= 1  # once per process, and another test may have said it
     counts = check_dataset("coco", progress=False).to_dict()["checks"]
     assert counts == {"box-degenerate": 1, "box-beyond-image": 1}
 
@@ -246,8 +246,8 @@ def test_import_and_change_are_named(workspace):
     assert manifest.splits["train"].fingerprint.boxes == 3
     assert changes_of(manifest, "train", load_dataset("own")) == []
     change(workspace / "coco.json", '"category_id": 2', '"category_id": 1')
-    said = changes_of(manifest, "train", load_dataset("own"))
-    assert said == ["boxes of RBC 2 → 3", "boxes of WBC 1 → 0", "labels or ignore flags differ"]
+    message = changes_of(manifest, "train", load_dataset("own"))
+    assert message == ["boxes of RBC 2 → 3", "boxes of WBC 1 → 0", "labels or ignore flags differ"]
     with pytest.raises(InputError, match="boxes of RBC 2 → 3"):
         load_dataset("own", strict=True)
     assert "fingerprint-differs" in {p.check for p in check_dataset("own", progress=False).problems}

@@ -9,7 +9,7 @@ from neo_nb.cli.commands import _data_of, check_data
 from neo_nb.data.manifest import load_manifest
 from neo_nb.evaluate.coco_metrics import coco_metrics
 from neo_nb.evaluate.compare import compare_detections
-from neo_nb.evaluate.errors import KINDS, confusion_matrix, error_costs, find_errors
+from neo_nb.evaluate.errors import KINDS, confusion_matrix, delta_ap, find_errors
 from neo_nb.evaluate.operating_point import ALL, evaluate, match_detections, threshold_curves
 from neo_nb.evaluate.slices import BUCKETS, of_images, slice_metrics
 from neo_nb.runs.run import record
@@ -74,24 +74,24 @@ def test_confusion_adds_up(seed):
     errors = find_errors(detections, table, score_threshold=0.4)
     matrix = confusion_matrix(detections, table, score_threshold=0.4)
     objects = np.bincount(table.labels[~table.iscrowd], minlength=len(table.class_names))
-    said = np.bincount(detections.labels[errors.kind != 6], minlength=len(table.class_names))
-    assert (matrix[:-1].sum(1) == objects).all() and (matrix[:, :-1].sum(0) == said).all()
+    predicted = np.bincount(detections.labels[errors.kind != 6], minlength=len(table.class_names))
+    assert (matrix[:-1].sum(1) == objects).all() and (matrix[:, :-1].sum(0) == predicted).all()
     assert np.trace(matrix[:-1, :-1]) == (errors.kind == 0).sum()
     assert (matrix >= 0).all()
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_costs_are_the_ap_of_mended_detections(seed):
-    """Mend by hand (drop rows, change boxes) and let the metric say what it is worth."""
+    """Fix by hand (drop rows, change boxes) and let the metric say what it is worth."""
     table, detections = make(seed)
-    costs, now = error_costs(detections, table), coco_metrics(detections, table)["AP50"]
+    costs, now = delta_ap(detections, table), coco_metrics(detections, table)["AP50"]
     if now < 0:
         assert costs == {}
         return
     errors = find_errors(detections, table)
     for name in ("duplicate", "background", "both"):
-        mended = coco_metrics(detections.keep(errors.kind != KINDS.index(name)), table)["AP50"]
-        assert costs[name]["cost"] == pytest.approx(max(0, mended - now), abs=1e-9)
+        fixed = coco_metrics(detections.keep(errors.kind != KINDS.index(name)), table)["AP50"]
+        assert costs[name]["cost"] == pytest.approx(max(0, fixed - now), abs=1e-9)
     only = detections.keep(np.isin(errors.kind, (0, 6)))
     assert costs["false positives"]["cost"] == pytest.approx(coco_metrics(only, table)["AP50"] - now, abs=1e-9)
     assert costs["false positives"]["count"] == np.isin(errors.kind, (1, 2, 3, 4, 5)).sum()
@@ -104,7 +104,7 @@ def test_slices_are_the_metric_of_their_part(seed):
     slices, whole = slice_metrics(detections, table, 0.5), coco_metrics(detections, table)
     for name, number in (("medium", "APm"), ("large", "APl")):
         assert slices["size"].get(name, {"AP": -1})["AP"] == pytest.approx(whole[number], abs=1e-9)
-    rows = slices["objects an image"].values()
+    rows = slices["objects per image"].values()
     assert sum(row["images"] for row in rows) == len(table)
     for key in ("TP", "FP", "FN"):
         assert sum(row[key] for row in rows) == curve[key]
@@ -127,11 +127,11 @@ def test_two_runs_compared_agree_with_the_metric():
 
 
 def test_what_lies_at_the_edges_of_a_metric():
-    """A low IoU threshold, nothing said, no images, an object beside its picture: numbers and pictures all the same."""
+    """A low IoU threshold, nothing said, no images, an object beside its image: numbers and images all the same."""
     table, detections = make(1)
     assert find_errors(detections, table, 0.1).counts()["right"] >= find_errors(detections, table).counts()["right"]
     nothing = detections.keep(np.zeros(0, int))
-    assert error_costs(nothing, table)["missed"]["cost"] == 1
+    assert delta_ap(nothing, table)["missed"]["cost"] == 1
     none = table.select([]), Detections([], [], [], [], 0, table.class_names)
     assert evaluate(none[1], none[0])["AP"] == compare_detections(none[1], none[1], none[0])["AP"]["first"] == -1
 

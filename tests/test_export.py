@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_cli import coco, neo, workplace  # noqa: F401  fixtures
 
-from neo_nb.deploy.detector import INPUTS, OUTPUTS, TorchArtifact, load_artifact
+from neo_nb.deploy.detector import INPUTS, OUTPUTS, TorchDetector, load_detector
 from neo_nb.deploy.onnx import BOUNDS, Exported, NotProven, compare, export_onnx, prove, settle, verify_onnx
 from neo_nb.models.weights import save_weights
 from neo_nb.models.zoo import create_model
@@ -47,23 +47,23 @@ def inputs(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch
 def test_a_dynamic_batch_of_any_number_says_what_torch_says(tmp_path, name, opset):
     model = opinionated(name)
     path = export_onnx(model, tmp_path / "any.onnx", size=SIZE, batch="dynamic", opset=opset)
-    artifact = load_artifact(path)
-    assert artifact.batch is None and (artifact.record["batch"], artifact.record["opset"]) == ("dynamic", opset)
+    detector = load_detector(path)
+    assert detector.batch is None and (detector.record["batch"], detector.record["opset"]) == ("dynamic", opset)
     assert {o.version for o in onnx.load(path).opset_import if o.domain in ("", "ai.onnx")} == {opset}
     for count in (1, 2, 5):
         given = inputs(count)
         with torch.no_grad():
             boxes, scores, labels = (x.numpy() for x in Exported(model, 60)(*given))
-        said = artifact.session.run(OUTPUTS, {key: x.numpy() for key, x in zip(INPUTS, given)})
-        assert [x.shape for x in said] == [(count, 60, 4), (count, 60), (count, 60)]
-        np.testing.assert_allclose(said[1], scores, atol=1e-4)
+        predicted = detector.session.run(OUTPUTS, {key: x.numpy() for key, x in zip(INPUTS, given)})
+        assert [x.shape for x in predicted] == [(count, 60, 4), (count, 60), (count, 60)]
+        np.testing.assert_allclose(predicted[1], scores, atol=1e-4)
         gaps = np.diff(scores, axis=1, prepend=2, append=-1)
         clear = np.minimum(-gaps[:, :-1], -gaps[:, 1:]) > 1e-4  # no neighbour that could change places with it
-        assert clear.mean() > 0.8 and (said[2] == labels)[clear].all()
-        assert np.abs(said[0] - boxes)[clear].max() < 0.02, "pixels"
-    reference, images = TorchArtifact(model, SIZE), list(inputs(5)[0][:, :, : SIZE[0]].permute(0, 2, 3, 1).numpy())
+        assert clear.mean() > 0.8 and (predicted[2] == labels)[clear].all()
+        assert np.abs(predicted[0] - boxes)[clear].max() < 0.02, "pixels"
+    reference, images = TorchDetector(model, SIZE), list(inputs(5)[0][:, :, : SIZE[0]].permute(0, 2, 3, 1).numpy())
     for count in (1, 2, 5):
-        found = compare(reference(images), artifact(images, batch_size=count), min_score=0.02)
+        found = compare(reference(images), detector(images, batch_size=count), min_score=0.02)
         assert found["agreement"] == 1 and found["score_difference"] < 1e-4 and found["detections"] > 100, found
 
 
@@ -82,7 +82,7 @@ def made(tmp_path_factory):
     return model, export_onnx(model, tmp_path_factory.mktemp("made") / "model.unproven.onnx", size=SIZE)
 
 
-def pictures(count: int) -> list[np.ndarray]:
+def photos(count: int) -> list[np.ndarray]:
     return list(inputs(count)[0][:, :, : SIZE[0]].permute(0, 2, 3, 1).numpy())
 
 
@@ -99,7 +99,7 @@ def changed(path: Path, to: Path, change) -> Path:
 
 def test_a_file_that_finds_the_same_is_proven_and_gets_its_name(made, tmp_path):
     model, path = made
-    proof = verify_onnx(path, model, pictures(4), repeats=1)
+    proof = verify_onnx(path, model, photos(4), repeats=1)
     assert (proof["verdict"], proof["agreement"], proof["odd"]) == ("proven", 1.0, [])
     assert proof["detections"] > 50 and proof["score_difference"] < BOUNDS["fp32"].score / 10
     copy = tmp_path / "x.unproven.onnx"
@@ -111,7 +111,7 @@ def test_a_file_that_finds_the_same_is_proven_and_gets_its_name(made, tmp_path):
 def test_a_file_with_other_weights_fails_and_the_message_says_what_where_and_what_to_do(made, tmp_path):
     model, path = made
     other = changed(path, tmp_path / "model.unproven.onnx", lambda bias: bias + np.float32(0.05))
-    proof = verify_onnx(other, model, pictures(4), repeats=1)
+    proof = verify_onnx(other, model, photos(4), repeats=1)
     assert proof["verdict"] == "differs" and proof["apart"] > 20 and proof["agreement"] < 0.9
     assert 0.001 < proof["score_difference"] < 0.02, "too little for AP to see"
     with pytest.raises(NotProven) as caught:
@@ -125,7 +125,7 @@ def test_a_file_with_other_weights_fails_and_the_message_says_what_where_and_wha
 
 
 def detections(model, path: Path) -> tuple:
-    return TorchArtifact(model, SIZE)(pictures(4)), load_artifact(path)(pictures(4))
+    return TorchDetector(model, SIZE)(photos(4)), load_detector(path)(photos(4))
 
 
 def shifted(model, by: float):

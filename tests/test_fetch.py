@@ -312,9 +312,9 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_what_is_no_plain_file_below_the_folder_is_refused(tmp_path, kind):
     (tmp_path / "x.tar").write_bytes(tar_of(("fine.txt", tarfile.REGTYPE, b"fine"), *HOSTILE[kind]))
-    with pytest.raises(InputError, match="holds ") as said:
+    with pytest.raises(InputError, match="holds ") as predicted:
         unpack(tmp_path / "x.tar", tmp_path / "in/out")
-    assert "\n" not in str(said.value) and str(tmp_path / "x.tar") in str(said.value)
+    assert "\n" not in str(predicted.value) and str(tmp_path / "x.tar") in str(predicted.value)
     assert list((tmp_path / "in").iterdir()) == [tmp_path / "in/out"] and not left(tmp_path / "in/out")
 
 

@@ -230,11 +230,11 @@ def run(tmp_path) -> Path:
     rng = np.random.default_rng(0)
     boxes = table.boxes_xyxy + rng.normal(0, 1.5, table.boxes_xyxy.shape)
     boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
-    said = Detections(table.image_index, boxes, rng.random(len(boxes)), table.labels, 3, table.class_names)
+    predicted = Detections(table.image_index, boxes, rng.random(len(boxes)), table.labels, 3, table.class_names)
     folder = tmp_path / "reports" / "0001-evaluate-drawn-x"
     folder.mkdir(parents=True)
-    save_detections(said, folder / "detections.npz")
-    (folder / "metrics.json").write_text(json.dumps({"data": table.name} | evaluate(said, table)))
+    save_detections(predicted, folder / "detections.npz")
+    (folder / "metrics.json").write_text(json.dumps({"data": table.name} | evaluate(predicted, table)))
     record(folder, data={"name": "drawn", "split": "val", "fingerprint": fingerprint(table)})
     yield folder
     os.chdir(ROOT)

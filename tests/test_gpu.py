@@ -35,12 +35,12 @@ def test_an_update_waits_as_often_as_it_was_rehearsed(tmp_path):
     pinned = copy.copy(batch).pin_memory()
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as predicted:
             warnings.simplefilter("always")
             trainer.update([pinned])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [str(w.message) for w in said if "synchroniz" in str(w.message)]
+    waits = [str(w.message) for w in predicted if "synchroniz" in str(w.message)]
     assert len(waits) <= len(seen), f"{len(waits)} waits of the card, {len(seen)} passages rehearsed"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neo_nb.models.backbones import freeze, freeze_norms
-from neo_nb.models.convert import INSIDE, PARTS, our_name
+from neo_nb.models.convert import INSIDE, PARTS, convert_key
 from neo_nb.models.hgnet import HGNETS, HGNetV2, hgnet_keys
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -61,7 +61,7 @@ def test_names_of_the_rest_are_left_alone():
         "decoder.decoder.layers.0.linear1.weight",
     ]
     for name in rest:
-        assert hgnet_keys(name) == name and our_name(hgnet_keys(name), strides) == our_name(name, strides)
+        assert hgnet_keys(name) == name and convert_key(hgnet_keys(name), strides) == convert_key(name, strides)
 
 
 def test_the_other_tables_leave_these_names_alone():

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from train_worker import pictures
+from train_worker import images
 
 from neo_nb.base.core import InputError
 from neo_nb.data.coco import write_coco
@@ -23,7 +23,7 @@ TINY |= {"device": "cpu", "plain_epochs": 1, "model": "rtdetr_nano"}
 
 def small(folder: Path, **change) -> dict:
     """Settings, and a data set of a few drawn images with its manifest."""
-    table = pictures(folder / "images", 8)
+    table = images(folder / "images", 8)
     write_coco(table, folder / "a.json")
     entry = "{annotations: a.json, images: images}"
     text = f"format: coco\nroot: {folder}\nclasses: [tall, wide]\nsplits:\n  train: {entry}\n  val: {entry}\n"

@@ -30,17 +30,17 @@ def encoded(image: np.ndarray, kind: str, mode: str = "RGB", **options) -> bytes
 
 
 @pytest.fixture(scope="module")
-def picture() -> np.ndarray:
+def photo() -> np.ndarray:
     rng = np.random.default_rng(0)
     return cv2.GaussianBlur(rng.integers(0, 255, (120, 200, 3), dtype=np.uint8), (0, 0), 3)
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory, picture) -> Annotations:
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(1)
+def table(tmp_path_factory, photo) -> Annotations:
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(1)
     boxes, offsets = [], [0]
     for i in range(13):
-        (folder / f"{i}.jpg").write_bytes(encoded(np.roll(picture, 7 * i, 1), "JPEG"))
+        (folder / f"{i}.jpg").write_bytes(encoded(np.roll(photo, 7 * i, 1), "JPEG"))
         for _ in range(i % 5):
             x, y = rng.uniform(0, [150, 80])
             boxes.append([x, y, x + 30, y + 30])
@@ -75,28 +75,28 @@ def bits(batch) -> list:
         ("WEBP", "RGB", {"lossless": True}, 0),
     ],
 )
-def test_every_kind_of_file_is_rgb_and_noticed_when_cut_off(tmp_path, picture, kind, mode, options, off):
-    data = encoded(picture, kind, mode, **options)
+def test_every_kind_of_file_is_rgb_and_noticed_when_cut_off(tmp_path, photo, kind, mode, options, off):
+    data = encoded(photo, kind, mode, **options)
     path = tmp_path / "image"
     path.write_bytes(data)
     image = read_image(path)
-    assert image.dtype == np.uint8 and image.shape == picture.shape
-    assert np.abs(image.astype(int) - picture).mean() <= off
+    assert image.dtype == np.uint8 and image.shape == photo.shape
+    assert np.abs(image.astype(int) - photo).mean() <= off
     for part in (0.3, 0.6, 0.9, 0.999):
         path.write_bytes(data[: int(len(data) * part)])
         with pytest.raises(InputError, match=r"image: (the image is truncated|not a readable image)"):
             read_image(path)
 
 
-def test_a_thumbnail_does_not_hide_that_the_picture_is_cut_off(tmp_path, picture):
+def test_a_thumbnail_does_not_hide_that_the_image_is_cut_off(tmp_path, photo):
     exif = Image.Exif()
-    exif[0x927C] = encoded(picture[:60, :80], "JPEG")  # a whole JPEG inside the header
-    data = encoded(picture, "JPEG", exif=exif)
+    exif[0x927C] = encoded(photo[:60, :80], "JPEG")  # a whole JPEG inside the header
+    data = encoded(photo, "JPEG", exif=exif)
     path = tmp_path / "image.jpg"
     path.write_bytes(data)
-    assert read_image(path).shape == picture.shape
+    assert read_image(path).shape == photo.shape
     path.write_bytes(data + b"\0" * 100 + b"some camera's own notes")  # more after the end is no fault
-    assert read_image(path).shape == picture.shape
+    assert read_image(path).shape == photo.shape
     path.write_bytes(data[: int(len(data) * 0.8)])
     with pytest.raises(InputError, match="truncated"):
         read_image(path)
@@ -110,10 +110,10 @@ def test_sixteen_bits_keep_the_upper_eight(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_annotated_size_decides_whether_exif_turns(tmp_path, picture, orientation):
+def test_the_annotated_size_decides_whether_exif_turns(tmp_path, photo, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    (tmp_path / "turned.jpg").write_bytes(encoded(picture, "JPEG", exif=exif))
+    (tmp_path / "turned.jpg").write_bytes(encoded(photo, "JPEG", exif=exif))
     shown = read_image(tmp_path / "turned.jpg")
     assert shown.shape[:2] == ((120, 200) if orientation < 5 else (200, 120))
     assert read_image(tmp_path / "turned.jpg", (120, 200)).shape[:2] == (120, 200)
@@ -294,7 +294,7 @@ def test_real_images_through_every_policy(policy, capsys):
             assert len(targets) <= loader.max_objects and (targets.boxes[:, 2:] > 0).all()
             assert (low > -1e-5).all() and (high < 1 + 1e-5).all() and (targets.labels < 3).all()
     assert images == 205 == loader.counts["images"]
-    print(f"{policy}: {(time.perf_counter() - start) * 1000 / images:.2f} ms an image, {loader.counts}")
+    print(f"{policy}: {(time.perf_counter() - start) * 1000 / images:.2f} ms per image, {loader.counts}")
 
 
 def test_two_processes_draw_the_same_scenes_at_once(tmp_path):
@@ -311,5 +311,5 @@ def test_two_processes_draw_the_same_scenes_at_once(tmp_path):
     environment = os.environ | {"NEO_DATA": str(tmp_path / "data")}
     words = [sys.executable, "-c", code, str(manifest)]
     both = [subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = {process.communicate(timeout=120)[0] for process in both}
-    assert all(process.returncode == 0 for process in both) and len(said) == 1
+    predicted = {process.communicate(timeout=120)[0] for process in both}
+    assert all(process.returncode == 0 for process in both) and len(predicted) == 1

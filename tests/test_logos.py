@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from train_worker import pictures
+from train_worker import photos
 
 from neo_nb.base.core import InputError
 from neo_nb.data.loader import make_loader
@@ -34,7 +34,7 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("size", [(180, 320), (270, 480), (541, 963)])
-def test_a_seed_is_a_picture_and_another_seed_is_another(size):
+def test_a_seed_is_a_image_and_another_seed_is_another(size):
     one, two, other = draw_logos(5, size), draw_logos(5, size), draw_logos(6, size)
     for name in ("image", "numbers", "boxes", "iscrowd"):
         assert np.array_equal(getattr(one, name), getattr(two, name)), name
@@ -43,11 +43,11 @@ def test_a_seed_is_a_picture_and_another_seed_is_another(size):
 
 def test_boxes_are_as_tight_as_the_paint(drawn):
     count = 0
-    for picture in drawn:
-        numbers = {int(n) for n in np.unique(picture.numbers)} - {0}
-        assert len(numbers) == len(picture.boxes)
-        for number, box in zip(sorted(numbers), picture.boxes):
-            ys, xs = np.nonzero(picture.numbers == number)
+    for photo in drawn:
+        numbers = {int(n) for n in np.unique(photo.numbers)} - {0}
+        assert len(numbers) == len(photo.boxes)
+        for number, box in zip(sorted(numbers), photo.boxes):
+            ys, xs = np.nonzero(photo.numbers == number)
             assert box.tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
             count += 1
     assert count > 50
@@ -55,39 +55,39 @@ def test_boxes_are_as_tight_as_the_paint(drawn):
 
 def test_the_paint_is_where_the_projected_shield_is(drawn):
     off = []
-    for picture in drawn:
-        for i, (outline, painted) in enumerate(zip(picture.outlines, picture.painted)):
-            seen = picture.numbers == i + 1
+    for photo in drawn:
+        for i, (outline, painted) in enumerate(zip(photo.outlines, photo.painted)):
+            seen = photo.numbers == i + 1
             if seen.sum() == painted:  # neither covered nor cut
-                filled = np.zeros(picture.numbers.shape, np.uint8)
+                filled = np.zeros(photo.numbers.shape, np.uint8)
                 cv2.fillPoly(filled, [np.round((outline - 0.5) * 256).astype(np.int32)], 1, shift=8)
                 off.append(np.logical_xor(filled > 0, seen).sum() / max(painted, 1))
     # fillPoly paints every pixel that the edge touches: a rim of at most a pixel
     assert len(off) > 40 and np.median(off) < 0.25 and max(off) < 0.6, max(off)
 
 
-def test_the_picture_shows_a_mark_where_the_box_is(drawn):
+def test_the_image_shows_a_mark_where_the_box_is(drawn):
     shown = 0
-    for picture in drawn:
-        for box, crowd in zip(picture.boxes.astype(int), picture.iscrowd):
-            if not crowd and "dark" not in picture.tags and "blurred" not in picture.tags:
-                inside = picture.image[box[1] : box[3], box[0] : box[2]].reshape(-1, 3).astype(float)
+    for photo in drawn:
+        for box, crowd in zip(photo.boxes.astype(int), photo.iscrowd):
+            if not crowd and "dark" not in photo.tags and "blurred" not in photo.tags:
+                inside = photo.image[box[1] : box[3], box[0] : box[2]].reshape(-1, 3).astype(float)
                 shown += inside.std(0).max() > 12  # the sign stands out from the shield
     assert shown > 30
 
 
 def test_a_look_alike_is_in_no_box_and_kinds_are_all_there(drawn):
     kinds = set()
-    for picture in drawn:
-        for kind, box in picture.look_alikes:
+    for photo in drawn:
+        for kind, box in photo.look_alikes:
             kinds.add(kind)
-            corner = np.clip(box, 0, [*picture.numbers.shape[::-1]] * 2)
+            corner = np.clip(box, 0, [*photo.numbers.shape[::-1]] * 2)
             if np.prod(corner[2:] - corner[:2]) > 0:
-                assert all(overlap(corner, logo) < 0.5 for logo in picture.boxes), "or another sheet lies on it"
+                assert all(overlap(corner, logo) < 0.5 for logo in photo.boxes), "or another sheet lies on it"
     assert kinds == set(LOOK_ALIKES)
 
 
-def test_three_of_ten_pictures_have_no_logo_and_some_of_these_have_look_alikes(drawn):
+def test_three_of_ten_images_have_no_logo_and_some_of_these_have_look_alikes(drawn):
     drawn = drawn + [draw_logos(seed, (180, 320), (30, 90)) for seed in range(100, 300)]
     counts = np.array([len(p.boxes) for p in drawn])
     assert 0.2 < (counts == 0).mean() < 0.42 and counts.max() == 4
@@ -177,7 +177,7 @@ def test_marks_never_become_the_logo_by_accident():
 
 @pytest.fixture
 def table(tmp_path):
-    return pictures(tmp_path / "pictures")
+    return photos(tmp_path / "images")
 
 
 def small(**more):
@@ -223,7 +223,7 @@ def test_the_optimizer_keeps_its_groups_and_has_no_state_for_what_never_moved(tm
 
 
 def work(folder: Path, name: str, launch: tuple[str, ...] = (), **order) -> subprocess.CompletedProcess:
-    order = {"pictures": str(folder / "pictures"), "run": str(folder / name), "config": {}} | order
+    order = {"images": str(folder / "images"), "run": str(folder / name), "config": {}} | order
     return subprocess.run(
         [sys.executable, *launch, str(WORKER), json.dumps(order)], capture_output=True, text=True, timeout=300
     )
@@ -243,7 +243,7 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("stopped_at", [2, 3, 4])  # 3 updates an epoch: before, at and behind the boundary
+@pytest.mark.parametrize("stopped_at", [2, 3, 4])  # 3 updates per epoch: before, at and behind the boundary
 def test_a_run_stopped_around_the_boundary_resumes_exactly(tmp_path, table, stopped_at):
     config = small(checkpoint_steps=1, freeze_epochs=1, epochs=2, ema=0.5)
     Trainer(config, tmp_path / "straight", table, table).fit()
@@ -338,13 +338,13 @@ def test_a_recipe_trains_measures_and_goes_on(tmp_path, monkeypatch):
     recipe = Recipe(str(tmp_path / "mini.yaml"), (72, 128), minutes=0.001, settings={"batch_size": 8, "device": "cpu"})
     steps = [STEPS[name] for name in ("baseline", "tiles", "mining")]
     seconds = paces(recipe, steps, tmp_path / "steps")
-    assert set(seconds) == {"pictures x1", "tiles x1"} and min(seconds.values()) > 0
+    assert set(seconds) == {"images x1", "tiles x1"} and min(seconds.values()) > 0
     rows = [run_step(recipe, step, 0, tmp_path / "steps") for step in steps]
     assert paces(recipe, steps, tmp_path / "steps") == seconds, "measured once"
     assert rows[1]["updates"] == rows[2]["updates"] == 5, "the same time is the same number of updates"
     assert [row["step"] for row in rows] == ["baseline", "tiles", "mining"] and all(0 <= r["F1"] <= 1 for r in rows)
     mined = json.loads((tmp_path / "steps/mining-0/step.json").read_text())["mined"]
-    assert mined["tiles"] >= mined["tiles trained on"] >= rows[1]["pictures"] > 4
+    assert mined["tiles"] >= mined["tiles trained on"] >= rows[1]["images"] > 4
     stamp = (tmp_path / "steps/tiles-0/weights/best.safetensors").stat().st_mtime_ns
     assert [run_step(recipe, step, 0, tmp_path / "steps") for step in steps] == rows
     assert (tmp_path / "steps/tiles-0/weights/best.safetensors").stat().st_mtime_ns == stamp

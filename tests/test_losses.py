@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neo_nb.base.boxes import cxcywh_to_xyxy, paired_giou
 from neo_nb.data.batch import Targets
 from neo_nb.losses import matcher
-from neo_nb.losses.criterion import Criterion, mal, varifocal
+from neo_nb.losses.criterion import Criterion, matchability_loss, varifocal_loss
 from neo_nb.losses.denoising import attention_mask, make_denoising
 
 CLASSES, QUERIES, LAYERS = 6, 60, 3
@@ -63,11 +63,11 @@ def test_nothing_but_the_matcher_waits_and_it_reads_once(monkeypatch, kind, igno
     with Waits() as waits:
         asked = make_denoising(targets, CLASSES, LAYERS, 20)
         attention_mask(asked.labels.shape[1], asked.groups, QUERIES)
-        said = torch.zeros(LAYERS, 3, asked.labels.shape[1], CLASSES, requires_grad=True)
+        predicted = torch.zeros(LAYERS, 3, asked.labels.shape[1], CLASSES, requires_grad=True)
         moved = asked.boxes.expand(LAYERS, -1, -1, -1).clone().requires_grad_()
         terms = Criterion(kind)(
             logits, boxes, targets, torch.tensor(15.0), encoder=(logits[0], boxes[0]),
-            denoising=(said, moved, asked.matches, asked.groups),
+            denoising=(predicted, moved, asked.matches, asked.groups),
         )  # fmt: skip
         sum(terms.values()).backward()
     assert waits.found == []
@@ -82,7 +82,7 @@ def test_the_counter_of_waits_sees_them():
     assert {"aten::_local_scalar_dense", "aten::nonzero", "aten::index.Tensor"} <= set(waits.found)
 
 
-@pytest.mark.parametrize("loss", [varifocal, mal])
+@pytest.mark.parametrize("loss", [varifocal_loss, matchability_loss])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_scores_losses_are_the_papers_formulas(loss, seed):
     g = torch.Generator().manual_seed(seed)
@@ -91,7 +91,7 @@ def test_the_scores_losses_are_the_papers_formulas(loss, seed):
     quality = torch.rand(50, 5, generator=g) * matched
     p, q = logits.sigmoid(), quality.double()
     yes, no = -p.log(), -(1 - p).log()
-    if loss is varifocal:
+    if loss is varifocal_loss:
         expected = torch.where(matched, q * (q * yes + (1 - q) * no), 0.75 * p.detach() ** 2 * no)
     else:
         expected = torch.where(matched, q**1.5 * yes + (1 - q**1.5) * no, p.detach() ** 1.5 * no)
@@ -101,7 +101,7 @@ def test_the_scores_losses_are_the_papers_formulas(loss, seed):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", [varifocal, mal])
+@pytest.mark.parametrize("loss", [varifocal_loss, matchability_loss])
 def test_the_scores_losses_stay_finite_for_any_logit(loss):
     logits = torch.tensor([-1e4, -90.0, 0.0, 90.0, 1e4]).repeat(2, 1).requires_grad_()
     matched = torch.tensor([[True], [False]]).expand(2, 5)
@@ -144,9 +144,9 @@ def test_a_batch_s_costs_are_those_of_its_pairs_one_by_one(monkeypatch, piece):
     costs, row = matcher.pair_costs(logits, boxes, targets), 0
     for image, target in enumerate(targets):
         for wanted, label in zip(target.boxes, target.labels):
-            said = boxes[:, image]
-            expected = 2 * matcher.class_cost(logits[:, image])[..., label] + 5 * (said - wanted).abs().sum(-1)
-            corners = cxcywh_to_xyxy(said), cxcywh_to_xyxy(wanted).expand_as(said)
+            predicted = boxes[:, image]
+            expected = 2 * matcher.class_cost(logits[:, image])[..., label] + 5 * (predicted - wanted).abs().sum(-1)
+            corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted).expand_as(predicted)
             torch.testing.assert_close(costs[row], expected - 2 * paired_giou(*corners), rtol=1e-5, atol=1e-5)
             row += 1
     assert row == len(costs) == 44

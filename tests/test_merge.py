@@ -1,15 +1,15 @@
-"""What tiles say, merged in the picture, against the truth and against a plain loop."""
+"""What tiles say, merged in the image, against the truth and against a plain loop."""
 
 import numpy as np
 import pytest
 
 from neo_nb.base.detections import Detections
 from neo_nb.data.tiles import tile_grid
-from neo_nb.deploy.merge_tiles import merge_tiles, to_whole
+from neo_nb.deploy.merge_tiles import merge_tiles, to_image_coords
 
 
 def apart(rng, size, count, low, high, gap=0.0):
-    "Boxes that do not overlap, each at least `low` and at most `high` pixels a side."
+    "Boxes that do not overlap, each at least `low` and at most `high` pixels per side."
     boxes = np.zeros((0, 4))
     for _ in range(count * 4):
         w, h = np.exp(rng.uniform(np.log(low), np.log(high), 2)).clip(low, np.array(size[::-1]) - 0.0)
@@ -57,7 +57,7 @@ def test_a_perfect_detector_finds_each_object_once(method, seed, whole):
     boxes = apart(rng, size, 30, 4, 300 if whole else [40, 150, 450][seed % 3])
     labels, windows = rng.integers(0, 2, len(boxes)), tile_grid(size, tile, overlap)
     windows = np.concatenate([windows, [[0, 0, size[1], size[0]]]]) if whole else windows
-    found = merge_tiles(*to_whole(perfect(rng, boxes, labels, windows), windows, size), method)
+    found = merge_tiles(*to_image_coords(perfect(rng, boxes, labels, windows), windows, size), method)
     assert same_set(found, boxes, labels)
 
 
@@ -70,7 +70,7 @@ def test_a_detector_a_little_wrong_finds_each_object_once(method, seed):
     labels = rng.integers(0, 2, len(boxes))
     windows = tile_grid(size, tile, float(rng.uniform(0.2, 0.5)))
     windows = np.concatenate([windows, [[0, 0, size[1], size[0]]]]) if seed % 2 else windows
-    found = merge_tiles(*to_whole(perfect(rng, boxes, labels, windows, 8, noise=0.5), windows, size), method)
+    found = merge_tiles(*to_image_coords(perfect(rng, boxes, labels, windows, 8, noise=0.5), windows, size), method)
     assert same_set(found, boxes, labels, near=12)
 
 
@@ -90,7 +90,7 @@ def test_neighbours_stay_two(overlap, seed):
         boxes = boxes if rng.random() < 0.5 else boxes[:, [1, 0, 3, 2]]
         if overlap == 0 and abs(windows[:, [1, 3]] - boxes[0, 3]).min() < 6:
             continue
-        found = merge_tiles(*to_whole(perfect(rng, boxes, [0, 0], windows), windows, size))
+        found = merge_tiles(*to_image_coords(perfect(rng, boxes, [0, 0], windows), windows, size))
         assert same_set(found, boxes, np.zeros(2, int)), (boxes, found.boxes_xyxy, tile)
 
 
@@ -104,7 +104,7 @@ def test_people_cut_by_one_border_stay_apart(seed):
     top = rng.uniform(20, 60, len(left))
     boxes = np.stack([left, top, left + wide, top + rng.uniform(350, 500, len(left))], 1)
     windows = tile_grid(size, tile, 0.3)
-    found = merge_tiles(*to_whole(perfect(rng, boxes, [0] * len(boxes), windows, 6), windows, size))
+    found = merge_tiles(*to_image_coords(perfect(rng, boxes, [0] * len(boxes), windows, 6), windows, size))
     assert same_set(found, boxes, np.zeros(len(boxes), int))
 
 
@@ -156,8 +156,8 @@ def test_thousands_of_boxes_are_merged_in_a_moment():
     corner = rng.uniform(0, np.array(size[::-1]) - 120, (1500, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(10, 120, (1500, 2))], 1)
     windows = tile_grid(size, (640, 640), 0.2)
-    said = perfect(rng, boxes, rng.integers(0, 2, len(boxes)), windows)
+    predicted = perfect(rng, boxes, rng.integers(0, 2, len(boxes)), windows)
     start = time.process_time()
-    merged = merge_tiles(*to_whole(said, windows, size), "wbf")
+    merged = merge_tiles(*to_image_coords(predicted, windows, size), "wbf")
     assert time.process_time() - start < 5
     assert 1000 < len(merged) <= 1550

@@ -42,8 +42,8 @@ def make(seed: int) -> tuple[Annotations, Detections]:
     near = np.concatenate([near, np.concatenate([far, far + EDGES[rng.integers(0, len(EDGES), len(far))]], 1)])
     near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
     index = np.concatenate([table.image_index[rows], rng.integers(0, images, len(far))])
-    said = np.concatenate([labels[rows], rng.integers(0, classes + 1, len(far))])
-    return table, Detections(index, near, np.round(rng.random(len(index)), 1 + seed % 3), said, images, names)
+    predicted = np.concatenate([labels[rows], rng.integers(0, classes + 1, len(far))])
+    return table, Detections(index, near, np.round(rng.random(len(index)), 1 + seed % 3), predicted, images, names)
 
 
 def reference(detections: Detections, table: Annotations, caps: list[int]):
@@ -121,10 +121,10 @@ def test_torchmetrics_says_the_same():
         table, detections = sorted_by_id(*make(seed))
         steps = {"iou_thresholds": IOU_THRESHOLDS.tolist(), "rec_thresholds": RECALLS.tolist()}  # its own are float32
         metric = MeanAveragePrecision(iou_type="bbox", backend="pycocotools", **steps)
-        said, truth = [], []
+        predicted, truth = [], []
         for i in range(len(table)):
             d, t = detections.of(i), table.select([i])
-            said.append(
+            predicted.append(
                 {
                     "boxes": torch.tensor(d.boxes_xyxy),
                     "scores": torch.tensor(d.scores),
@@ -133,7 +133,7 @@ def test_torchmetrics_says_the_same():
             )
             truth.append({"boxes": torch.tensor(t.boxes_xyxy), "labels": torch.tensor(t.labels),
                           "iscrowd": torch.tensor(t.iscrowd).int(), "area": torch.tensor(t.areas)})  # fmt: skip
-        metric.update(said, truth)
+        metric.update(predicted, truth)
         theirs, ours = metric.compute(), coco_metrics(detections, table)
         for key, name in {"map": "AP", "map_50": "AP50", "map_75": "AP75", "mar_100": "AR100"}.items():
             assert float(theirs[key]) == pytest.approx(ours[name], abs=1e-6)
@@ -143,25 +143,25 @@ def test_two_hundred_perfect_boxes_score_one_with_the_cap_above_them():
     corner = np.stack(np.meshgrid(np.arange(20) * 20.0, np.arange(10) * 20.0), -1).reshape(-1, 2)
     boxes = np.concatenate([corner, corner + 15], 1)
     table = Annotations([7], ["a"], [(200, 400)], [0, 200], boxes, np.zeros(200), ("person",))
-    said = Detections(np.zeros(200), boxes, np.linspace(1, 0.5, 200), np.zeros(200), 1, ("person",))
-    whole = evaluate(said, table, max_dets=300)
+    predicted = Detections(np.zeros(200), boxes, np.linspace(1, 0.5, 200), np.zeros(200), 1, ("person",))
+    whole = evaluate(predicted, table, max_dets=300)
     assert whole["AP"] == whole["F1"] == whole["recall"] == 1.0
-    assert evaluate(said, table)["recall"] == 0.5
+    assert evaluate(predicted, table)["recall"] == 0.5
 
 
 def test_f1_by_hand():
     """Three logos in two images. By falling score: right, a duplicate, right, background, and one of .4 overlap."""
     boxes = [[0, 0, 10, 10], [50, 50, 70, 70], [5, 5, 25, 25]]
     table = Annotations([1, 2], ["a", "b"], [(100, 100)] * 2, [0, 2, 3], boxes, [0, 0, 0], ("logo",))
-    said = Detections(
+    predicted = Detections(
         [0, 0, 0, 1, 1],
         [[0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 70, 66], [80, 80, 90, 90], [5, 5, 25, 13]],
         [0.9, 0.8, 0.7, 0.6, 0.5], [0] * 5, 2, ("logo",),
     )  # fmt: skip
-    curve = threshold_curves(said, table)[ALL]
+    curve = threshold_curves(predicted, table)[ALL]
     assert curve.tp.tolist() == [1, 1, 2, 2, 2] and curve.fp.tolist() == [0, 1, 1, 2, 3]
     assert curve.f1.tolist() == pytest.approx([2 / 4, 2 / 5, 4 / 6, 4 / 7, 4 / 8])
-    found = evaluate(said, table)
+    found = evaluate(predicted, table)
     assert (found["TP"], found["FP"], found["FN"]) == (2, 1, 1) and found["threshold"] == pytest.approx(0.7)
     assert found["precision"] == pytest.approx(2 / 3) and found["recall"] == pytest.approx(2 / 3)
     low, high = found["F1_interval"]

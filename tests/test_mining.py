@@ -21,19 +21,19 @@ from neo_nb.data.loader import make_loader, read_image
 from neo_nb.data.manifest import Manifest, Split, load_dataset, load_manifest, write_manifest
 from neo_nb.data.near_duplicates import find_copies
 from neo_nb.data.validate import check_dataset
-from neo_nb.deploy.detector import TorchArtifact
+from neo_nb.deploy.detector import TorchDetector
 from neo_nb.deploy.embeddings import embed_boxes, embed_images
 from neo_nb.models.weights import save_weights
 from neo_nb.models.zoo import create_model
 from neo_nb.recipes.mine_round import choose_from, gather, score_before, tags_of, write_round
-from neo_nb.review.mining import distinct, refuse_golden
+from neo_nb.review.mining import deduplicate, require_trainable_split
 from neo_nb.runs.run import new_run, read_record, record
 
 SIZE = (96, 128)
 
 
 def draw(path: Path, squares: int, discs: int, seed: int) -> list[tuple[int, int, int, int]]:
-    """A grey picture with red squares, whose boxes come back, and red discs, each of its own size and shade."""
+    """A grey image with red squares, whose boxes come back, and red discs, each of its own size and shade."""
     rng = np.random.default_rng([seed, 7])
     image = np.full((*SIZE, 3), rng.integers(90, 160), np.uint8)
     image[:: int(rng.integers(5, 12))] += 20  # something for a network to look at
@@ -52,7 +52,7 @@ def draw(path: Path, squares: int, discs: int, seed: int) -> list[tuple[int, int
     return boxes
 
 
-class Reds(TorchArtifact):
+class Reds(TorchDetector):
     """Says "logo" of everything red, the redder the surer; its features are an untrained network's."""
 
     def predict(self, annotations, batch_size=None, progress=True, workers=0):
@@ -75,7 +75,7 @@ def detector():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A workspace with the data set `logos`: 10 pictures to train on, 4 golden ones, and a folder without objects."""
+    """A workspace with the data set `logos`: 10 images to train on, 4 golden ones, and a folder without objects."""
     monkeypatch.setenv("NEO_ROOT", str(tmp_path))
     monkeypatch.setenv("NEO_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("NEO_REPORTS", str(tmp_path / "reports"))
@@ -119,7 +119,7 @@ def test_every_invented_object_is_mined_and_no_real_one(detector, place):
     weights = dict(zip(table.image_ids.tolist(), table.weights.tolist()))
     assert [weights[i] > 1 for i in range(1, 11)] == [discs[i] > 0 for i in range(1, 11)]
     assert all(n.kind == "background" and n.label == "logo" and n.score >= 0.3 for n in record_.negatives)
-    # of the folder only pictures in which something was invented came along: 0, 1, 2, 0, 1 discs
+    # of the folder only images in which something was invented came along: 0, 1, 2, 0, 1 discs
     assert [Path(image.file).name for image in record_.images] == ["pool1.png", "pool2.png", "pool4.png"]
     assert len(table) == 13 and np.diff(table.offsets)[10:].tolist() == [0, 0, 0]
     assert ground.counts["on images without objects"] == 4
@@ -143,7 +143,7 @@ def digests(paths) -> set[bytes]:
 @pytest.mark.parametrize("split", ["val", "test", "golden", "Valid", "minival"])
 def test_a_golden_split_is_refused_by_name(place, split):
     with pytest.raises(InputError, match="mining never touches it"):
-        refuse_golden(split)
+        require_trainable_split(split)
     with pytest.raises(InputError, match="mining never touches it"):
         gather("logos", split)
 
@@ -164,7 +164,7 @@ def test_a_golden_image_is_never_mined_under_whatever_name(detector, place, caps
         ground.counts["images refused: a copy of a golden one"] == 6
         and ground.counts["errors refused: a copy of a golden one"] > 0
     )
-    assert "6 images are pictures of the golden set" in capsys.readouterr().out
+    assert "6 images are images of the golden set" in capsys.readouterr().out
 
 
 def test_an_image_that_is_tagged_golden_is_out_and_so_are_its_copies(detector, place):
@@ -218,11 +218,11 @@ def test_tags_speak_of_the_images_that_they_were_set_on(place, capsys):
 # ---- look-alikes
 
 
-def test_the_same_picture_again_and_again_is_one_error(detector, place):
+def test_the_same_image_again_and_again_is_one_error(detector, place):
     image = cv2.imread(str(place / "data/pool/pool1.png"))  # one disc
     for i in range(6):
         cv2.imwrite(str(place / f"data/pool/again{i}.png"), image, [cv2.IMWRITE_PNG_COMPRESSION, i])
-    assert len(digests((place / "data/pool").glob("again*"))) > 1, "unlike as files, alike as pictures"
+    assert len(digests((place / "data/pool").glob("again*"))) > 1, "unlike as files, alike as images"
     _, record_, ground, chosen = mined(detector, place, similarity=0.9999)
     files = {image.id: Path(image.file).name for image in record_.images}
     same = [n for n in record_.negatives if files.get(n.image, "").startswith(("again", "pool1"))]
@@ -242,7 +242,7 @@ def test_distinct_is_the_greedy_choice_for_any_block(seed):
         if not any(v @ vectors[k] >= limit for k in greedy):
             greedy.append(i)
     for block in (1, 7, 1000):
-        kept, like = distinct(vectors, limit, block)
+        kept, like = deduplicate(vectors, limit, block)
         assert kept.tolist() == greedy
         assert ((vectors * vectors[kept[like]]).sum(1) >= limit - 1e-12).all(), "each goes because of one that stays"
 
@@ -308,7 +308,7 @@ def test_rounds_add_up_and_the_golden_set_stays_the_same(detector, place):
     assert check_dataset("logos-mined-2", progress=False).ok
 
 
-def test_tiles_of_mined_pictures_keep_their_weights(detector, place, monkeypatch):
+def test_tiles_of_mined_images_keep_their_weights(detector, place, monkeypatch):
     monkeypatch.chdir(place)
     whole, record_, _, _ = mined(detector, place)
     assert main(["data", "tile", "logos-mined-1", "--to", "pieces", "--tile", "64", "64", "--empty", "9"]) == 0

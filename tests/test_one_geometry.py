@@ -9,7 +9,7 @@ from test_rtdetr_properties import distance, drawn, lively
 
 from neo_nb.base.detections import Detections
 from neo_nb.base.geometry import fit, pad_to
-from neo_nb.deploy.detector import OnnxArtifact, TorchArtifact
+from neo_nb.deploy.detector import OnnxDetector, TorchDetector
 from neo_nb.deploy.onnx import export_onnx
 
 FAMILIES = {
@@ -22,7 +22,7 @@ FAMILIES = {
 }
 
 
-class Eager(TorchArtifact):
+class Eager(TorchDetector):
     "A detector that is not deployed first."
 
     @property
@@ -63,8 +63,8 @@ def test_every_form_finds_the_same(family, resize, tmp_path):
     export_onnx(model, tmp_path / "model.onnx", batch=3)
     forms = {
         "a batch of mixed shapes": Eager(model)(images, batch_size=7),
-        "deployed": TorchArtifact(model)(images, batch_size=4),
-        "ONNX": OnnxArtifact(tmp_path / "model.onnx")(images),
+        "deployed": TorchDetector(model)(images, batch_size=4),
+        "ONNX": OnnxDetector(tmp_path / "model.onnx")(images),
     }
     for form, found in forms.items():
         apart = [distance(one, other) for one, other in zip(alone, rows(found, images))]

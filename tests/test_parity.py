@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from neo_nb.models.convert import infer_config, translate
-from neo_nb.models.transformers_reference import peer_config
+from neo_nb.models.convert import convert_state_dict, infer_config
+from neo_nb.models.transformers_reference import reference_config
 from neo_nb.models.zoo import VARIANTS, create_model
 
 SIZES = [(640, 640), (1088, 1920)]  # (height, width)
@@ -29,7 +29,7 @@ def make_peer(name: str, kind: str, sampling: str = "bilinear") -> torch.nn.Modu
     from transformers import RTDetrForObjectDetection, RTDetrV2ForObjectDetection
 
     torch.manual_seed(0)
-    config = peer_config(replace(VARIANTS[name], sampling=sampling), 80, kind)
+    config = reference_config(replace(VARIANTS[name], sampling=sampling), 80, kind)
     config.freeze_backbone_batch_norms = False  # the same arithmetic in evaluation
     peer = {"rt_detr": RTDetrForObjectDetection, "rt_detr_v2": RTDetrV2ForObjectDetection}[kind](config)
     norms = [m for m in peer.modules() if isinstance(m, torch.nn.BatchNorm2d)]
@@ -62,7 +62,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, what: str, tolerance: float 
 @pytest.mark.parametrize("name, kind", CASES)
 def test_the_network_is_that_of_transformers(name, kind):
     peer = make_peer(name, kind)
-    tensors = translate(peer.state_dict())
+    tensors = convert_state_dict(peer.state_dict())
     inferred, config = infer_config(tensors, peer.config.to_dict()), VARIANTS[name]
     for key in ("backbone", "channels", "encoder_channels", "expansion", "decoder_layers", "eval_layers", "strides"):
         assert getattr(inferred, key) == getattr(config, key), key
@@ -82,7 +82,7 @@ def test_discrete_sampling_is_that_of_transformers_where_theirs_is_right():
     peer = make_peer("rtdetrv2_r18", "rt_detr_v2", "discrete")
     assert peer.config.decoder_method == "discrete"
     model = create_model("rtdetrv2_r18", 80, blocks=3, sampling="discrete").eval()
-    result = model.load_state_dict(translate(peer.state_dict()), strict=False)
+    result = model.load_state_dict(convert_state_dict(peer.state_dict()), strict=False)
     assert not result.missing_keys and not result.unexpected_keys
     seen = {}
     peer.model.encoder.register_forward_hook(lambda m, i, o: seen.update(maps=o.last_hidden_state))

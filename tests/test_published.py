@@ -8,9 +8,9 @@ import torch
 from test_cli import coco, neo, refused, workplace  # noqa: F401  fixtures
 
 from neo_nb.base.core import InputError
-from neo_nb.deploy import load_artifact
+from neo_nb.deploy import load_detector
 from neo_nb.models import create_model, load_weights
-from neo_nb.models.transformers_reference import peer_config
+from neo_nb.models.transformers_reference import reference_config
 from neo_nb.models.weights import load_model
 from neo_nb.models.zoo import VARIANTS
 
@@ -85,7 +85,7 @@ def folder(tmp_path_factory):
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("hub")
-    config = peer_config(VARIANTS["rtdetr_nano"], 5)
+    config = reference_config(VARIANTS["rtdetr_nano"], 5)
     config.id2label = {i: name for i, name in enumerate(["a", "b", "cell", "d", "e"])}
     config.label2id = {name: i for i, name in config.id2label.items()}
     RTDetrV2ForObjectDetection(config).save_pretrained(path)
@@ -119,7 +119,7 @@ def test_placeholder_names_of_transformers_go_by_position_and_predict_what_their
     from transformers import RTDetrV2ForObjectDetection
 
     torch.manual_seed(0)
-    theirs = RTDetrV2ForObjectDetection(peer_config(VARIANTS["rtdetr_nano"], 80)).eval()
+    theirs = RTDetrV2ForObjectDetection(reference_config(VARIANTS["rtdetr_nano"], 80)).eval()
     torch.nn.init.normal_(theirs.model.enc_score_head.weight, std=0.3)
     for head in theirs.model.decoder.class_embed:
         torch.nn.init.normal_(head.weight, std=0.3)
@@ -132,9 +132,9 @@ def test_placeholder_names_of_transformers_go_by_position_and_predict_what_their
         assert (report.classes, report.fresh, report.fresh_classes, report.unused) == ("by position", (), (), ())
         images = torch.rand(2, 3, 96, 160)
         with torch.no_grad():
-            ours, said = model(images), theirs(pixel_values=images)
-        torch.testing.assert_close(ours.logits, said.logits, atol=1e-4, rtol=0)
-        torch.testing.assert_close(ours.boxes, said.pred_boxes, atol=1e-5, rtol=0)
+            ours, predicted = model(images), theirs(pixel_values=images)
+        torch.testing.assert_close(ours.logits, predicted.logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours.boxes, predicted.pred_boxes, atol=1e-5, rtol=0)
     with pytest.raises(InputError, match=r"its classes are LABEL_0, LABEL_1, .*\(80\), the model's class_0.*\(3\)"):
         load_weights(create_model("rtdetr_nano", 3), tmp_path)
 
@@ -168,7 +168,7 @@ def test_every_key_without_a_place_is_named(tmp_path, pth):
     report = load_weights(create_model("rtdetr_nano", class_names=("cell",)), tmp_path / "x.pth")
     assert report.unused == ("decoder.something.new",) and report.fresh == ("encoder.lateral.32.0.weight",)
     with pytest.raises(InputError, match="encoder.lateral.32.0.weight is missing"):
-        load_artifact(tmp_path / "x.pth")
+        load_detector(tmp_path / "x.pth")
 
 
 def test_both_are_evaluated_and_fine_tuned_from_the_shell(neo, workplace, folder, pth):  # noqa: F811

@@ -14,7 +14,15 @@ from neo_nb.data.batch import Targets
 from neo_nb.models.rtdetr import hybrid_encoder
 from neo_nb.models.transformers_reference import PEERS, TransformersDetector
 from neo_nb.models.zoo import VARIANTS, create_model
-from neo_nb.recipes.equal_time import COMPETITORS, Racer, _peer, final, published_position_embedding, race, read_race
+from neo_nb.recipes.equal_time import (
+    COMPETITORS,
+    TimedTrainer,
+    _peer,
+    equal_time,
+    final,
+    published_position_embedding,
+    read_equal_time,
+)
 from neo_nb.synthetic.crowds import make_scenes
 from neo_nb.train.config import make_config
 from neo_nb.train.optim import Ema, lr_factor
@@ -106,11 +114,11 @@ def test_the_peer_has_our_size_and_its_backbone_its_own_rate(few):
 def test_the_published_position_changes_rectangles_only(monkeypatch):
     torch.manual_seed(0)
     model = create_model("rtdetr_nano", 2).eval()
-    pictures = {"square": torch.rand(1, 3, 128, 128), "wide": torch.rand(1, 3, 96, 192)}
+    photos = {"square": torch.rand(1, 3, 128, 128), "wide": torch.rand(1, 3, 96, 192)}
     with torch.no_grad():
-        before = {name: model(x).decoder.proposal_logits for name, x in pictures.items()}
+        before = {name: model(x).decoder.proposal_logits for name, x in photos.items()}
         monkeypatch.setattr(hybrid_encoder, "position_embedding", published_position_embedding)
-        after = {name: model(x).decoder.proposal_logits for name, x in pictures.items()}
+        after = {name: model(x).decoder.proposal_logits for name, x in photos.items()}
     assert torch.equal(before["square"], after["square"])
     assert not torch.allclose(before["wide"], after["wide"], atol=1e-4)
 
@@ -118,10 +126,10 @@ def test_the_published_position_changes_rectangles_only(monkeypatch):
 def test_the_schedule_ends_when_the_time_does(tmp_path):
     table = make_scenes(8, (64, 96), 0, tmp_path / "scenes")
     config = make_config(epochs=8, plain_epochs=2, lr=1e-3, tracker="none", device="cpu", cache=True, **TINY)
-    racer, plain = Racer(config, tmp_path / "run", table, table), []
+    racer, plain = TimedTrainer(config, tmp_path / "run", table, table), []
     update = racer.update
     racer.update = lambda batches: (plain.append(racer._stage == "plain"), update(batches))[1]
-    rows = racer.race(minutes=0.1, evaluations=4)
+    rows = racer.train_for(minutes=0.1, evaluations=4)
     assert [round(row["cpu_minutes"] / 0.025) for row in rows] == [1, 2, 3, 4]
     assert [row["updates"] for row in rows] == sorted(row["updates"] for row in rows)
     assert lr_factor(racer.position["step"] - 1, racer.total, config) < config.gamma + 0.05
@@ -131,7 +139,7 @@ def test_the_schedule_ends_when_the_time_does(tmp_path):
 
 
 def test_a_race_that_was_cut_leaves_nothing_half_and_goes_on(few, tmp_path):
-    code = f"from neo_nb.recipes.equal_time import race; race(['ours'], {few!r}, [0], 10, {str(tmp_path / 'race')!r}, jobs=1)"
+    code = f"from neo_nb.recipes.equal_time import race; race(['ours'], {few!r}, [0], 10, {str(tmp_path / 'equal_time')!r}, jobs=1)"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
     log, deadline = tmp_path / "race" / "ours-0.log", time.monotonic() + 60
     while not log.exists() and time.monotonic() < deadline:
@@ -141,12 +149,12 @@ def test_a_race_that_was_cut_leaves_nothing_half_and_goes_on(few, tmp_path):
     left = [line for line in _processes() if "_work()" in line and str(tmp_path) in line]
     assert process.returncode and not left, left
     assert log.exists() and not list((tmp_path / "race").glob("*.result.json"))
-    assert len(read_race(tmp_path / "race")) == 0
+    assert len(read_equal_time(tmp_path / "race")) == 0
 
 
 def test_seeds_are_trainings_of_their_own(few, tmp_path):
     entrant = {"name": "the published", "position": "published"}
-    frame = race([entrant], few, [0, 1], 0.02, tmp_path / "race", jobs=2, evaluations=1, settings=TINY)
+    frame = equal_time([entrant], few, [0, 1], 0.02, tmp_path / "race", jobs=2, evaluations=1, settings=TINY)
     assert list(frame.competitor) == ["the published"] * 2 and sorted(frame.seed) == [0, 1]
     assert frame.loss.nunique() == 2 and final(frame).loc["the published", "seeds"] == 2
     job = json.loads((tmp_path / "race" / "the_published-1.json").read_text())

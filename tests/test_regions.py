@@ -1,4 +1,4 @@
-"""Regions of a picture: the same pixels whoever reads them, and large pictures that are never held."""
+"""Regions of an image: the same pixels whoever reads them, and large images that are never held."""
 
 import subprocess
 import sys
@@ -11,11 +11,11 @@ from test_tiles import smooth
 
 from neo_nb.base.core import InputError
 from neo_nb.data.loader import read_image
-from neo_nb.data.tiles import Regions, tile_grid
+from neo_nb.data.tiles import RegionReader, tile_grid
 
 
 def written(folder, kind, rng):
-    "A picture of some kind, and whether libvips must give the very same pixels."
+    "An image of some kind, and whether libvips must give the very same pixels."
     size = tuple(int(n) for n in rng.integers(20, 90, 2))
     noise = rng.integers(0, 255, (*size, 3)).astype(np.uint8)
     path = folder / f"{kind}.{'jpg' if 'jpeg' in kind else 'png'}"
@@ -53,7 +53,7 @@ KINDS = ["png", "alpha png", "grey png", "grey alpha png", "palette png", "16 bi
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_regions_are_the_picture_whoever_reads_it(tmp_path, kind):
+def test_regions_are_the_image_whoever_reads_it(tmp_path, kind):
     rng = np.random.default_rng(KINDS.index(kind))
     for _ in range(2):
         path = written(tmp_path, kind, rng)
@@ -62,7 +62,7 @@ def test_regions_are_the_picture_whoever_reads_it(tmp_path, kind):
             whole = read_image(path, size)
             if whole.shape[:2] != size:
                 continue
-            held, by_region = Regions(path, size), Regions(path, size, large=0)
+            held, by_region = RegionReader(path, size), RegionReader(path, size, large=0)
             assert held.image is not None and by_region.image is None
             for window in tile_grid(size, (31, 17), 0.1).tolist():
                 x1, y1, x2, y2 = window
@@ -78,16 +78,16 @@ def test_regions_say_in_a_line_what_is_wrong(tmp_path):
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     (tmp_path / "c.jpg").write_bytes(b"nothing of the kind")
     for large in (0, 10**9):
-        regions = Regions(tmp_path / "a.png", (40, 60), large)
+        regions = RegionReader(tmp_path / "a.png", (40, 60), large)
         for window in ((0, 0, 61, 40), (-1, 0, 5, 5), (5, 5, 5, 9), (0, 30, 10, 41)):
             with pytest.raises(InputError, match="lies outside"):
                 regions.read(window)
         for name, words in (("b.png", "b.png"), ("c.jpg", "c.jpg"), ("d.jpg", "d.jpg")):
             with pytest.raises(InputError, match=words) as told:
-                Regions(tmp_path / name, (40, 60), large).read((0, 0, 10, 10))
+                RegionReader(tmp_path / name, (40, 60), large).read((0, 0, 10, 10))
             assert "\n" not in str(told.value)
     with pytest.raises(InputError, match="is 40 x 60, annotated as 60 x 61"):
-        Regions(tmp_path / "a.png", (60, 61), large=0)
+        RegionReader(tmp_path / "a.png", (60, 61), large=0)
 
 
 BIG = """
@@ -111,7 +111,7 @@ print(said.tiles, said.lost, int(peak) // 1024, resource.getrusage(resource.RUSA
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory is read in /proc")
-def test_a_picture_of_200_megapixels_is_cut_without_being_held(tmp_path):
+def test_a_image_of_200_megapixels_is_cut_without_being_held(tmp_path):
     # each in a process of its own; VmHWM, as ru_maxrss would begin with the peak of the process that started it
     subprocess.run([sys.executable, "-c", BIG, tmp_path / "big.jpg"], check=True)
     done = subprocess.run([sys.executable, "-c", CUT, tmp_path], check=True, capture_output=True, text=True)

@@ -24,7 +24,7 @@ def outside(seen: list[Passage], *files: str) -> list[Passage]:
     return [p for p in seen if not any(name in p.where for name in files)]
 
 
-def said(seen: list[Passage]) -> str:
+def predicted(seen: list[Passage]) -> str:
     return "\n".join(map(str, seen))
 
 
@@ -68,9 +68,9 @@ def updated(trainer: Trainer, batch, seen: list[Passage]) -> None:
     assert {x.device.type for state in moments for x in state.values()} == {"cuda"}
 
     besides = outside(update, "train/parts.py", "losses/matcher.py")
-    assert not besides, said(besides)
-    assert [p.way for p in update if "losses/matcher.py" in p.where] == MATCHER, said(update)
-    assert [p.way for p in update if "train/parts.py" in p.where] == BATCH + NUMBERS, said(update)
+    assert not besides, predicted(besides)
+    assert [p.way for p in update if "losses/matcher.py" in p.where] == MATCHER, predicted(update)
+    assert [p.way for p in update if "train/parts.py" in p.where] == BATCH + NUMBERS, predicted(update)
 
 
 def evaluated(trainer: Trainer, model, batch) -> None:

@@ -42,14 +42,14 @@ def lively(seed: int = 0, name: str = "rtdetr_nano", **overrides) -> nn.Module:
 
 
 def drawn(rng: np.random.Generator, height: int, width: int) -> torch.Tensor:
-    "A picture with large structures."
+    "An image with large structures."
     small = torch.from_numpy(rng.uniform(0, 255, (1, 3, -(-height // 8), -(-width // 8)))).float()
     return F.interpolate(small, size=(height, width), mode="bilinear").to(torch.uint8)[0]
 
 
 @torch.no_grad()
 def found(model, images: list[torch.Tensor], frame: tuple[int, int], filling: int | None = 0) -> list[np.ndarray]:
-    "Rows x1 y1 x2 y2 as fractions of the picture, score, label: of each picture laid into a frame."
+    "Rows x1 y1 x2 y2 as fractions of the image, score, label: of each image laid into a frame."
     batch = torch.randint(0, 256, (len(images), 3, *frame), dtype=torch.uint8)
     if filling is not None:
         batch[:] = filling
@@ -140,7 +140,7 @@ def symmetrised(seed: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_mirrored_picture_has_mirrored_boxes(seed):
+def test_a_mirrored_image_has_mirrored_boxes(seed):
     rng, model = np.random.default_rng(seed), symmetrised(seed)
     image = drawn(rng, 96 + 32 * (seed % 3), 160)
     rows = found(model, [image], tuple(image.shape[1:]))[0]
@@ -148,7 +148,7 @@ def test_a_mirrored_picture_has_mirrored_boxes(seed):
     back = mirrored.copy()
     back[:, [0, 2]] = 1 - mirrored[:, [2, 0]]
     assert distance(rows, back) < 1e-3
-    assert distance(rows, mirrored) > 0.01  # a picture that is its own mirror image would prove nothing
+    assert distance(rows, mirrored) > 0.01  # an image that is its own mirror image would prove nothing
 
 
 COMPILED = """

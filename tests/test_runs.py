@@ -128,11 +128,11 @@ def test_of_two_at_once_one_works_and_a_refusal_changes_nothing(interrupted, tmp
     workspace, run = copy(interrupted, tmp_path / "workspace")
     both = [neo("train", "--resume", "1", cwd=workspace, wait=False, **QUIET) for _ in range(2)]
     status = [process.wait(timeout=900) for process in both]
-    said = [process.stdout.seek(0) or process.stdout.read() for process in both]
-    assert sorted(status) == [0, 2], said
+    message = [process.stdout.seek(0) or process.stdout.read() for process in both]
+    assert sorted(status) == [0, 2], message
     worked, refused = (status.index(code) for code in (0, 2))
-    lines = said[refused].strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and run.name in lines[0], said[refused]
+    lines = message[refused].strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and run.name in lines[0], message[refused]
     assert f"process {both[worked].pid} on " in lines[0] and "is at work in this run" in lines[0]
     assert epochs(run) == list(range(1, EPOCHS + 1)) and read_record(run)["status"] == "done"
     assert len(list(run.glob("train*.ipynb"))) == 2

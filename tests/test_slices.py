@@ -1,4 +1,4 @@
-"""Sliced inference: any artifact in tiles, and from one end of the command line to the other."""
+"""Sliced inference: any detector in tiles, and from one end of the command line to the other."""
 
 import json
 from pathlib import Path
@@ -16,15 +16,15 @@ from neo_nb.base.detections import Detections
 from neo_nb.cli.main import main
 from neo_nb.data.loader import read_image
 from neo_nb.data.tiles import tile_table
-from neo_nb.deploy.detector import Artifact, load_artifact
-from neo_nb.deploy.merge_tiles import to_whole
-from neo_nb.deploy.tiled import SlicedArtifact
+from neo_nb.deploy.detector import Detector, load_detector
+from neo_nb.deploy.merge_tiles import to_image_coords
+from neo_nb.deploy.tiled import TiledDetector
 
 ROOT = workspace_root(Path(__file__).parent)
 
 
-class Eye(Artifact):
-    "An artifact that sees patches of one colour each: the class is in the red, the score in nothing."
+class Eye(Detector):
+    "A detector that sees patches of one colour each: the class is in the red, the score in nothing."
 
     kind = "eye"
 
@@ -47,7 +47,7 @@ class Eye(Artifact):
 
 
 def painted(rng, size, boxes, labels):
-    "A black picture with a patch of a colour of its own for each box."
+    "A black image with a patch of a colour of its own for each box."
     image = np.zeros((*size, 3), np.uint8)
     for number, ((x1, y1, x2, y2), label) in enumerate(zip(boxes.tolist(), labels.tolist())):
         image[y1:y2, x1:x2] = label + 2, number // 200 + 1, number % 200 + 1
@@ -59,27 +59,27 @@ def painted(rng, size, boxes, labels):
 def test_slices_find_every_patch_once(tmp_path, monkeypatch, whole, large):
     from neo_nb.data import tiles
 
-    monkeypatch.setattr(tiles.Regions.__init__, "__defaults__", (None, large))
+    monkeypatch.setattr(tiles.RegionReader.__init__, "__defaults__", (None, large))
     rng = np.random.default_rng(0)
-    pictures, truth, labels = [], [], []
+    photos, truth, labels = [], [], []
     for row in range(6):
         size = tuple(int(n) for n in rng.integers(60, 400, 2))
         boxes = apart(rng, size, 25, 4, 60, gap=2).round().astype(int)
         truth.append(boxes)
         labels.append(rng.integers(0, 2, len(boxes)))
-        pictures.append(painted(rng, size, boxes, labels[-1]))
-        cv2.imwrite(str(tmp_path / f"{row}.png"), pictures[-1][..., ::-1])
-    table = Annotations(np.arange(6), [f"{r}.png" for r in range(6)], [p.shape[:2] for p in pictures], [0] * 7,
+        photos.append(painted(rng, size, boxes, labels[-1]))
+        cv2.imwrite(str(tmp_path / f"{row}.png"), photos[-1][..., ::-1])
+    table = Annotations(np.arange(6), [f"{r}.png" for r in range(6)], [p.shape[:2] for p in photos], [0] * 7,
                         np.zeros((0, 4)), [], ("a", "b"), root=tmp_path)  # fmt: skip
     eye = Eye()
-    sliced = SlicedArtifact(eye, (100, 120), 0.2, whole)
-    for found in (sliced(pictures, batch_size=3), sliced.predict(table, batch_size=3, progress=False)):
+    sliced = TiledDetector(eye, (100, 120), 0.2, whole)
+    for found in (sliced(photos, batch_size=3), sliced.predict(table, batch_size=3, progress=False)):
         assert found.num_images == 6
         for row in range(6):
             assert same_set(found.of(row), truth[row].astype(float), labels[row])
     seen = [shape for batch in eye.looks for shape in batch]
     assert max(map(len, eye.looks)) == 3
-    windows = [w for p in pictures for w in sliced.windows(p.shape[:2]).tolist()]
+    windows = [w for p in photos for w in sliced.windows(p.shape[:2]).tolist()]
     assert seen == [(y2 - y1, x2 - x1) for x1, y1, x2, y2 in windows] * 2
 
 
@@ -98,33 +98,33 @@ def tiny(folder):
 
 def test_without_overlap_objects_inside_tiles_are_what_each_tile_says():
     rng, size, tile = np.random.default_rng(1), (300, 480), (100, 120)
-    windows, boxes = SlicedArtifact(Eye(), tile, 0.0, whole=False).windows(size), []
+    windows, boxes = TiledDetector(Eye(), tile, 0.0, whole=False).windows(size), []
     assert len(windows) == 12
     for x1, y1, _, _ in windows.tolist():
         boxes += [apart(rng, (90, 110), 6, 6, 40, gap=3).round() + np.tile((x1 + 5, y1 + 5), 2)]
     boxes = np.concatenate(boxes).astype(int)
     image = painted(rng, size, boxes, rng.integers(0, 2, len(boxes)))
-    said = SlicedArtifact(Eye(), tile, 0.0, whole=False)([image])
+    predicted = TiledDetector(Eye(), tile, 0.0, whole=False)([image])
     alone = Eye()([image[y1:y2, x1:x2] for x1, y1, x2, y2 in windows.tolist()])
     moved = alone.boxes_xyxy + np.tile(windows[alone.image_index, :2], 2)
 
     def rows(boxes, scores, labels):
         return sorted(map(tuple, np.column_stack([boxes, scores, labels]).tolist()))
 
-    assert len(said) == len(boxes) > 50
-    assert rows(said.boxes_xyxy, said.scores, said.labels) == rows(moved, alone.scores, alone.labels)
-    assert rows(said.boxes_xyxy, said.scores, said.labels) == rows(*(getattr(Eye()([image]), k) for k in (
-        "boxes_xyxy", "scores", "labels"))), "and what is seen in the whole picture"  # fmt: skip
+    assert len(predicted) == len(boxes) > 50
+    assert rows(predicted.boxes_xyxy, predicted.scores, predicted.labels) == rows(moved, alone.scores, alone.labels)
+    assert rows(predicted.boxes_xyxy, predicted.scores, predicted.labels) == rows(*(getattr(Eye()([image]), k) for k in (
+        "boxes_xyxy", "scores", "labels"))), "and what is seen in the whole image"  # fmt: skip
 
 
 def test_without_overlap_a_slice_says_what_the_tile_alone_says(tmp_path):
-    artifact = load_artifact(tiny(tmp_path))
+    detector = load_detector(tiny(tmp_path))
     image = smooth(np.random.default_rng(0), (200, 290))
-    sliced = SlicedArtifact(artifact, (100, 145), 0.0, whole=False, lowest=0.0)
-    said, inside, cut = sliced([image]), [], []
+    sliced = TiledDetector(detector, (100, 145), 0.0, whole=False, lowest=0.0)
+    predicted, inside, cut = sliced([image]), [], []
     for window in sliced.windows((200, 290)).tolist():
         x1, y1, x2, y2 = window
-        moved, frames = to_whole(artifact([image[y1:y2, x1:x2]]), np.array([window]), (200, 290))
+        moved, frames = to_image_coords(detector([image[y1:y2, x1:x2]]), np.array([window]), (200, 290))
         whole = np.isnan(frames).all(1)
         cut.append(moved.boxes_xyxy[~whole])  # joined with what the neighbour says
         inside.append(moved.keep(np.flatnonzero(whole)).nms(0.6))
@@ -133,12 +133,12 @@ def test_without_overlap_a_slice_says_what_the_tile_alone_says(tmp_path):
         for box, score, label in zip(tile.boxes_xyxy, tile.scores, tile.labels):
             if len(cut) and box_iou(box[None], cut).max() > 0:
                 continue
-            near = (abs(said.boxes_xyxy - box).max(1) < 0.01) & (said.labels == label)
-            assert (abs(said.scores[near] - score) < 1e-4).sum() == 1, (box, score)
+            near = (abs(predicted.boxes_xyxy - box).max(1) < 0.01) & (predicted.labels == label)
+            assert (abs(predicted.scores[near] - score) < 1e-4).sum() == 1, (box, score)
             compared += 1
     assert compared >= 10
-    one = SlicedArtifact(artifact, (500, 500), lowest=0.0)([image])
-    direct = artifact([image])
+    one = TiledDetector(detector, (500, 500), lowest=0.0)([image])
+    direct = detector([image])
     assert np.array_equal(one.boxes_xyxy, direct.boxes_xyxy) and np.array_equal(one.scores, direct.scores)
 
 
@@ -181,19 +181,19 @@ def test_a_data_set_in_tiles_is_a_data_set(neo, tmp_path):
     (place / "data_manifests" / "crowd.yaml").write_text(SCENES)
     status, out, err = neo("data", "tile", "crowd", "--tile", 96, 128, "--overlap", 0.25, "--json")
     assert status == 0, err
-    said = json.loads(out)
+    predicted = json.loads(out)
     from neo_nb.data.manifest import load_dataset
 
     for split in ("train", "val"):
         table, source = load_dataset("crowd-tiles", split), load_dataset("crowd", split)
         expected, counted = tile_table(source, (96, 128), 0.25, empty=0.15 if split == "train" else 1e9)
-        assert len(table) == len(expected) == said[split]["tiles"] and said[split] == counted.__dict__
+        assert len(table) == len(expected) == predicted[split]["tiles"] and predicted[split] == counted.__dict__
         assert table.boxes_xyxy == pytest.approx(expected.boxes_xyxy, abs=0.01)
         assert np.array_equal(table.labels, expected.labels) and np.array_equal(table.iscrowd, expected.iscrowd)
         assert np.array_equal(table.sizes, expected.sizes)
         for row in range(len(table)):
             assert read_image(table.of(row).path).shape[:2] == table.of(row).size
-    assert said["val"]["empty_left_out"] == 0
+    assert predicted["val"]["empty_left_out"] == 0
     status, out, err = neo("data", "check", "crowd-tiles", "--json")
     assert status == 0, out
     status, _, err = neo("data", "tile", "crowd")
@@ -229,7 +229,7 @@ def test_predict_and_evaluate_in_tiles(neo, tmp_path):
     status, out, err = neo("predict", weights, *files, "--threshold", 0.001, "--tile", 96, 96, "--json")
     assert status == 0, err
     found = json.loads(out)
-    sliced = SlicedArtifact(load_artifact(weights), (96, 96), 0.2)
+    sliced = TiledDetector(load_detector(weights), (96, 96), 0.2)
     for path, image in zip(files, found["images"]):
         direct = sliced([read_image(path)]).above(0.001)
         assert len(direct) == len(image["detections"]) > 0
@@ -242,5 +242,5 @@ def test_predict_and_evaluate_in_tiles(neo, tmp_path):
     from neo_nb.evaluate.coco_metrics import coco_metrics
 
     table = load_dataset("crowd", "val")
-    direct = SlicedArtifact(load_artifact(weights), (96, 128), 0.25).predict(table, progress=False)
+    direct = TiledDetector(load_detector(weights), (96, 128), 0.25).predict(table, progress=False)
     assert metrics["AP"] == pytest.approx(coco_metrics(direct, table)["AP"], abs=1e-6)

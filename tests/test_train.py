@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_worker import pictures
+from train_worker import images
 
 from neo_nb.base.core import InputError
 from neo_nb.train.checkpoint import load_state
@@ -21,7 +21,7 @@ WORKER = Path(__file__).with_name("train_worker.py")
 def work(
     folder: Path, name: str, launch: list[str] | None = None, **order
 ) -> tuple[subprocess.CompletedProcess, dict]:
-    order = {"pictures": str(folder / "pictures"), "run": str(folder / name), "config": {}} | order
+    order = {"images": str(folder / "images"), "run": str(folder / name), "config": {}} | order
     command = [sys.executable, *(launch or []), str(WORKER), json.dumps(order)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     done = folder / name / "done.json"
@@ -97,7 +97,7 @@ def test_too_little_memory_halves_the_batch_and_says_so(tmp_path):
 
 @pytest.fixture
 def table(tmp_path):
-    return pictures(tmp_path / "pictures")
+    return images(tmp_path / "images")
 
 
 def small(**more):
@@ -165,7 +165,7 @@ def test_enough_time_changes_nothing(tmp_path, table):
 
 
 def test_a_state_of_format_1_goes_on_as_one_of_today(tmp_path):
-    table = pictures(tmp_path / "pictures")
+    table = images(tmp_path / "images")
     config = make_config(size=(64, 96), batch_size=2, epochs=2, repeat=1, tracker="none", device="cpu", cache=False)
     first = Trainer(config, tmp_path / "new", table, table)
     first._enough = lambda: True  # as if it had been stopped after an epoch

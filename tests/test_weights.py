@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from test_train import tensors
-from train_worker import pictures
+from train_worker import photos
 
 from neo_nb.base.core import InputError, derive_seed
-from neo_nb.data.sampler import Order, drawn, epoch_length
+from neo_nb.data.sampler import EpochBatchSampler, drawn, epoch_length
 from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config
 from neo_nb.train.trainer import Trainer, train
@@ -28,7 +28,7 @@ def test_every_epoch_has_each_image_its_weight_rounded_down_or_up_and_on_average
     assert np.abs(counts.mean(0) - share).max() < 0.1
 
 
-def keys(order: Order) -> list:
+def keys(order: EpochBatchSampler) -> list:
     return [key for batch in order for key in batch]
 
 
@@ -36,32 +36,32 @@ def keys(order: Order) -> list:
 def test_a_weighted_epoch_resumes_anywhere_and_is_shared_by_ranks(world):
     weights = np.float32([1, 3, 1, 2.5, 0, 1, 1, 4])
     given = dict(images=8, sizes=[(8, 8), (16, 16)], shuffle=True, seed=3, weights=weights)
-    whole = list(Order(batch_size=2 * world, epoch=5, **given))
-    parts = [list(Order(batch_size=2, epoch=5, rank=r, world_size=world, **given)) for r in range(world)]
+    whole = list(EpochBatchSampler(batch_size=2 * world, epoch=5, **given))
+    parts = [list(EpochBatchSampler(batch_size=2, epoch=5, rank=r, world_size=world, **given)) for r in range(world)]
     assert len({len(p) for p in parts}) == 1
     for batch, shares in zip(whole, zip(*parts)):
         assert sorted(batch) == sorted(key for share in shares for key in share)
     for start in range(len(whole) + 1):
-        later = Order(batch_size=2 * world, epoch=5, **given)
+        later = EpochBatchSampler(batch_size=2 * world, epoch=5, **given)
         later.start_batch = start
         assert list(later) == whole[start:]
     rows = [key[1] for key in sum(whole, [])]
     assert 4 not in rows and len(rows) == 14  # round(13.5), ties to even
     assert len(set(map(tuple, sum(whole, [])))) == len(rows), "every copy has a key of its own"
-    assert [key[1] for key in keys(Order(batch_size=2, epoch=6, **given))] != rows
+    assert [key[1] for key in keys(EpochBatchSampler(batch_size=2, epoch=6, **given))] != rows
 
 
 @pytest.mark.parametrize("weights", [None, np.ones(11, np.float32)])
 def test_without_weights_the_order_is_the_permutation_that_it_always_was(weights):
     for epoch in range(3):
-        order = Order(11, 4, [(8, 8)], seed=9, shuffle=True, epoch=epoch, weights=weights)
+        order = EpochBatchSampler(11, 4, [(8, 8)], seed=9, shuffle=True, epoch=epoch, weights=weights)
         plain = np.random.default_rng(derive_seed(9, "order", epoch)).permutation(11)
         assert [key[1] for key in keys(order)] == plain.tolist()
         assert all(key[4] == 0 for key in keys(order))
 
 
 def test_a_weighted_training_that_was_stopped_ends_as_the_straight_one_bit_for_bit(tmp_path, monkeypatch):
-    table = replace(pictures(tmp_path / "pictures"), weights=[1, 2.5, 1, 1, 3, 1, 1, 1, 1, 1, 1, 1])
+    table = replace(photos(tmp_path / "images"), weights=[1, 2.5, 1, 1, 3, 1, 1, 1, 1, 1, 1, 1])
     config = make_config(size=SIZE, epochs=1, repeat=1, batch_size=4, tracker="none", cache=False, device="cpu",
                          checkpoint_steps=2, mosaic=0.3)  # fmt: skip
     straight = Trainer(config, tmp_path / "straight", table, table)

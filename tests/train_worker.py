@@ -14,8 +14,8 @@ import numpy as np
 from neo_nb.base.annotations import Annotations
 
 
-def pictures(folder: Path, count: int = 12, size: tuple[int, int] = (96, 128), seed: int = 0) -> Annotations:
-    """Noise with bright rectangles of two shapes, written as PNG; every fifth picture is empty."""
+def images(folder: Path, count: int = 12, size: tuple[int, int] = (96, 128), seed: int = 0) -> Annotations:
+    """Noise with bright rectangles of two shapes, written as PNG; every fifth image is empty."""
     rng, boxes, labels, offsets = np.random.default_rng(seed), [], [], [0]
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -35,7 +35,7 @@ def pictures(folder: Path, count: int = 12, size: tuple[int, int] = (96, 128), s
 
 
 def without_objects(table: Annotations, rows: list[int]) -> Annotations:
-    """The same pictures, those of `rows` without their boxes."""
+    """The same images, those of `rows` without their boxes."""
     return table.select_boxes(~np.isin(table.image_index, rows))
 
 
@@ -46,7 +46,7 @@ def main(order: dict) -> None:
     from neo_nb.train.config import make_config
     from neo_nb.train.trainer import Trainer
 
-    table = pictures(Path(order["pictures"]), order.get("count", 12))
+    table = images(Path(order["images"]), order.get("count", 12))
     if "empty" in order:
         table = without_objects(table, order["empty"])
     base = dict(

@@ -113,7 +113,7 @@ Detections.offsets, Detections.keep, Detections.of = property(offsets), keep, of
 
 # %% ../../nbs/00_base/05_detections.ipynb #b2d8170e
 def concat(
-    parts: Sequence[Detections],  # One a batch; image indices already those of the whole
+    parts: Sequence[Detections],  # One per batch; image indices already those of the whole
 ) -> Detections:
     "One table of several that speak of the same images."
     columns = ("image_index", "boxes_xyxy", "scores", "labels")
@@ -122,7 +122,7 @@ def concat(
 
 def top_k(
     self: Detections,
-    max_dets: int,  # At most so many an image
+    max_dets: int,  # At most so many per image
 ) -> Detections:
     "The best `max_dets` of each image."
     rank = np.arange(len(self)) - self.offsets[self.image_index]

@@ -119,7 +119,7 @@ def describe_device(
     processes: int = 1,  # Training processes
 ) -> dict[str, Any]:  # device, precision; card and processes where there is something to say
     "Device and precision for a run's record."
-    said: dict[str, Any] = {"device": str(device), "precision": precision}
+    message: dict[str, Any] = {"device": str(device), "precision": precision}
     card = find_card(device.index) if device.type == "cuda" else None
-    said |= {"card": str(card)} if card else {}
-    return said | ({"processes": processes} if processes > 1 else {})
+    message |= {"card": str(card)} if card else {}
+    return message | ({"processes": processes} if processes > 1 else {})

@@ -1,4 +1,4 @@
-"""Boxes on pictures, sheets of pictures, truth beside what was said
+"""Boxes on images, sheets of images, truth beside what was said
 
 `draw_boxes`, `draw_detections` and `grid` on RGB uint8 arrays; nothing is changed in place."""
 
@@ -32,14 +32,14 @@ def draw_boxes(
     scores: np.ndarray | None = None,  # n, 0..1; written behind the name
     colour: Colour | None = None,  # One for all; each class its own when None
     iscrowd: np.ndarray | None = None,  # n: hatched regions that do not count
-) -> np.ndarray:  # A new picture
+) -> np.ndarray:  # A new image
     "Draw boxes with their classes."
     canvas = np.ascontiguousarray(image).copy()
     thick = max(1, round(min(canvas.shape[:2]) / 350))
     for i in np.argsort(-(boxes_xyxy[:, 2] - boxes_xyxy[:, 0]), kind="stable"):  # large ones first
         box, label = np.round(boxes_xyxy[i]).astype(int).tolist(), int(labels[i])
         if min(box[2:]) < 0 or box[0] >= canvas.shape[1] or box[1] >= canvas.shape[0]:
-            continue  # beside the picture: its words would not be
+            continue  # beside the image: its words would not be
         if iscrowd is not None and iscrowd[i]:
             _hatch(canvas, box, thick)
             continue
@@ -85,20 +85,20 @@ def draw_detections(
         boxes, labels = truth.boxes_xyxy, truth.labels
         image = draw_boxes(image, boxes, labels, class_names, colour=TRUTH, iscrowd=truth.iscrowd)
     if detections is not None:
-        said = detections.above(threshold)
-        image = draw_boxes(image, said.boxes_xyxy, said.labels, class_names, said.scores, SAID)
+        predicted = detections.above(threshold)
+        image = draw_boxes(image, predicted.boxes_xyxy, predicted.labels, class_names, predicted.scores, SAID)
     return image
 
 # %% ../../nbs/00_base/06_draw.ipynb #ec64d800
 def grid(
     images: Sequence[np.ndarray],  # RGB uint8, of any sizes
     columns: int = 4,
-    width: int = 320,  # Of each picture on the sheet, pixels
-    captions: Sequence[str] | None = None,  # One below each picture
+    width: int = 320,  # Of each image on the sheet, pixels
+    captions: Sequence[str] | None = None,  # One below each image
 ) -> np.ndarray:
-    "A sheet of pictures."
+    "A sheet of images."
     if not len(images):
-        raise InputError("a sheet needs at least one picture")
+        raise InputError("a sheet needs at least one image")
     cells = [
         cv2.resize(i, (width, max(1, round(i.shape[0] * width / i.shape[1]))), interpolation=cv2.INTER_AREA)
         for i in images
@@ -119,17 +119,17 @@ def grid(
 
 
 def encode(image: np.ndarray, suffix: str = ".jpg", quality: int = 85) -> bytes:
-    "A picture as the bytes of a JPEG or PNG."
+    "An image as the bytes of a JPEG or PNG."
     done, data = cv2.imencode(
         suffix, image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality] if suffix == ".jpg" else []
     )
     if not done:
-        raise InputError(f"a picture cannot be written as {suffix}", remedy="use .jpg or .png")
+        raise InputError(f"an image cannot be written as {suffix}", remedy="use .jpg or .png")
     return data.tobytes()
 
 # %% ../../nbs/00_base/06_draw.ipynb #ec3c52df
 def save_image(image: np.ndarray, path: str | Path, quality: int = 85) -> Path:
-    "Write a picture, whole or not at all; JPEG or PNG by suffix."
+    "Write an image, whole or not at all; JPEG or PNG by suffix."
     data = encode(image, Path(path).suffix, quality)
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
@@ -137,7 +137,7 @@ def save_image(image: np.ndarray, path: str | Path, quality: int = 85) -> Path:
 
 
 def show(image: np.ndarray, width: int = 640, quality: int = 75):
-    "A picture for a notebook, small enough to be kept in it."
+    "An image for a notebook, small enough to be kept in it."
     from IPython.display import Image
 
     scale = min(1.0, width / image.shape[1])

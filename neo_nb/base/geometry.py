@@ -10,7 +10,7 @@ __all__ = ['Resize', 'pad_to', 'fit', 'check_size']
 # %% ../../nbs/00_base/03_geometry.ipynb #a568a145
 from typing import Literal, get_args
 
-from .core import InputError, pick
+from .core import InputError, check_choice
 
 # %% ../../nbs/00_base/03_geometry.ipynb #b71cae96
 def pad_to(
@@ -31,7 +31,7 @@ def fit(
     resize: Resize = "letterbox",  # "stretch": `size` itself, whatever the proportions
 ) -> tuple[int, int]:  # (height, width) of the scaled image: one of the two sides is `size`'s
     "The largest size with the image's proportions inside `size`; at least 1 pixel per side."
-    if pick(resize, get_args(Resize), "resize") == "stretch":
+    if check_choice(resize, get_args(Resize), "resize") == "stretch":
         return size[0], size[1]
     scale = min(size[0] / original[0], size[1] / original[1])
     height, width = (max(1, round(side * scale)) for side in original)

@@ -12,7 +12,7 @@ import sys
 
 # %% ../../nbs/00_base/07_shape_checks.ipynb #197e3830
 def checked(function):
-    "`beartype`, with whole numbers welcome where a float is asked for (PEP 484)."
+    "`beartype`, with whole numbers welcome where a float is requested (PEP 484)."
     from beartype import BeartypeConf, beartype
 
     return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)

@@ -14,17 +14,17 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
-from ..base.core import InputError, nearest, settings
+from ..base.core import InputError, settings, suggest
 
 # %% ../../nbs/90_cli/01_args.ipynb #2783e19f
 def _flags_of(parser: Callable, prog: str) -> list[str]:
     "Every flag of a command."
     import tyro
 
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+    message = io.StringIO()
+    with contextlib.redirect_stdout(message), contextlib.suppress(SystemExit):
         tyro.cli(parser, args=["--help"], prog=prog)
-    return sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", said.getvalue())))
+    return sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", message.getvalue())))
 
 
 def _name(argument: Any) -> str:
@@ -41,12 +41,12 @@ def _complain(event: Any, target: Callable, prog: str) -> None:
     if kind == "UnrecognizedArgs":
         token = event.tokens[0].split("=")[0]
         what = f"no such flag: {token}" if token.startswith("-") else f"not expected here: {token!r}"
-        raise InputError(what, prog, nearest(token, _flags_of(target, prog)) if token.startswith("-") else remedy)
+        raise InputError(what, prog, suggest(token, _flags_of(target, prog)) if token.startswith("-") else remedy)
     if kind == "MissingArgs":
         names = ", ".join(_name(missing.arg) for missing in event.missing_arguments)
         raise InputError(f"missing: {names}", prog, remedy)
     if kind == "InvalidChoice":
-        raise InputError(f"{name}: {event.value!r} is not possible", prog, nearest(event.value, event.choices))
+        raise InputError(f"{name}: {event.value!r} is not possible", prog, suggest(event.value, event.choices))
     message = " ".join(str(getattr(event, "message", "a value is missing")).split())
     raise InputError(f"{name}: {message}" if name else message, prog, remedy)
 

@@ -11,7 +11,7 @@ __all__ = ['data_list', 'data_check', 'data_show', 'data_import', 'data_fetch', 
 from pathlib import Path
 from typing import Literal
 
-from ..base.core import InputError, pick, settings
+from ..base.core import InputError, check_choice, settings
 from .commands import Result, check_tile, near
 
 # %% ../../nbs/90_cli/03_data_commands.ipynb #d7bfa145
@@ -46,12 +46,12 @@ def data_show(
     name: str,  # A data set, or a path to a manifest
     split: tuple[str, ...] = (),  # Splits to show; all of them when not given
 ) -> Result:
-    "Plots and annotated pictures of a data set, on one page."
+    "Plots and annotated images of a data set, on one page."
     from neo_nb.data.manifest import load_dataset, load_manifest
     from neo_nb.data.statistics import statistics, write_dataset_page
 
     manifest = load_manifest(name)
-    splits = {key: load_dataset(name, pick(key, manifest.splits, "split")) for key in split or manifest.splits}
+    splits = {key: load_dataset(name, check_choice(key, manifest.splits, "split")) for key in split or manifest.splits}
     folder = Path(settings()["reports"]) / f"data-{Path(name).stem}"
     page = write_dataset_page(splits, folder, manifest.title or Path(name).stem)
     rows = {key: statistics(table) for key, table in splits.items()}
@@ -90,11 +90,11 @@ def data_fetch(
 # %% ../../nbs/90_cli/03_data_commands.ipynb #915a37ac
 def data_tile(
     name: str,  # A data set, or a path to a manifest
-    tile: tuple[int, int] = (640, 640),  # (height, width) of tiles in pixels of the pictures
+    tile: tuple[int, int] = (640, 640),  # (height, width) of tiles in pixels of the images
     overlap: float = 0.2,  # Share of a tile that its neighbour sees too
     split: tuple[str, ...] = (),  # Splits to cut; all of them when not given
     empty: float = 0.15,  # Tiles without an object for each one with, of train; of the others all are kept
-    small_repeat: int = 1,  # How often tiles of train with a small object (< 32²) are in the table
+    oversample_small: int = 1,  # How often tiles of train with a small object (< 32²) are in the table
     to: str | None = None,  # What to call it; NAME-tiles when not given
     overwrite: bool = False,  # Replace a manifest of that name
 ) -> Result:
@@ -111,9 +111,9 @@ def data_tile(
         raise InputError(
             "there is a data set of that name already", target, "choose another name (--to) or --overwrite"
         )
-    tables = {key: load_dataset(name, pick(key, manifest.splits, "split")) for key in split or manifest.splits}
-    rule = {"empty": empty, "small_repeat": small_repeat}
-    said = save_tiled(tables, manifest, target, tile, overlap, rule)
+    tables = {key: load_dataset(name, check_choice(key, manifest.splits, "split")) for key in split or manifest.splits}
+    rule = {"empty": empty, "oversample_small": oversample_small}
+    message = save_tiled(tables, manifest, target, tile, overlap, rule)
     lines = [f"{key:8} {one['tiles']:>7,} tiles: {one['whole']:,} boxes whole, {one['cut']:,} cut, {one['ignored']:,} "
-             f"ignored; {one['lost']:,} objects in none" for key, one in said.items()]  # fmt: skip
-    return Result("\n".join([*lines, f"{to}: {near(target)}"]), said)
+             f"ignored; {one['lost']:,} objects in none" for key, one in message.items()]  # fmt: skip
+    return Result("\n".join([*lines, f"{to}: {near(target)}"]), message)

@@ -1,4 +1,4 @@
-"""What this machine has and lacks, each with its mend
+"""What this machine has and lacks, each with its fix
 
 `examine()` looks at everything that a run may need and names what is wrong before a run finds out."""
 
@@ -32,10 +32,10 @@ class Finding:
     name: str
     state: str  # ok, note, warn or lack
     what: str
-    mend: str = ""  # What to do about it
+    fix: str = ""  # What to do about it
 
     def __str__(self) -> str:
-        return f"{self.state:5} {self.name:12} {self.what}" + (f"\n{'':18} → {self.mend}" if self.mend else "")
+        return f"{self.state:5} {self.name:12} {self.what}" + (f"\n{'':18} → {self.fix}" if self.fix else "")
 
 
 def _version(package: str) -> str | None:
@@ -89,9 +89,9 @@ def look_at_disk() -> list[Finding]:
         path = Path(settings()[key])
         there = next(p for p in (path, *path.parents) if p.exists())
         free, write = shutil.disk_usage(there).free / 2**30, os.access(there, os.W_OK)
-        mend = f"set NEO_{key.upper()} to a folder with room" if free < 2 or not write else ""
-        state = "ok" if not mend else "warn" if write else "lack"
-        found.append(Finding(key, state, f"{free:.0f} GiB free at {path}" + ("" if write else ", not writable"), mend))
+        fix = f"set NEO_{key.upper()} to a folder with room" if free < 2 or not write else ""
+        state = "ok" if not fix else "warn" if write else "lack"
+        found.append(Finding(key, state, f"{free:.0f} GiB free at {path}" + ("" if write else ", not writable"), fix))
     return found
 
 # %% ../../nbs/90_cli/00_doctor.ipynb #2056f1ad
@@ -105,19 +105,19 @@ def _command(*words: str) -> str | None:
 
 def look_at_gpu() -> Finding:
     "GPUs, and whether torch can use them."
-    said = _command("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
-    if not said:
+    message = _command("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    if not message:
         return Finding("gpu", "note", "none found by nvidia-smi: every command takes the CPU")
     import torch
 
     if not torch.cuda.is_available():
-        what = f"{said.splitlines()[0]}, but torch {torch.__version__} cannot use it"
+        what = f"{message.splitlines()[0]}, but torch {torch.__version__} cannot use it"
         return Finding("gpu", "lack", what, "a newer driver, or a torch built for this one (pytorch.org)")
     from neo_nb.base.devices import find_card
     from neo_nb.runs.hardware import get_target
 
     target = get_target("auto", find_card())
-    return Finding("gpu", "ok", f"{'; '.join(said.splitlines())}; target {target.name}, {target.precision}")
+    return Finding("gpu", "ok", f"{'; '.join(message.splitlines())}; target {target.name}, {target.precision}")
 
 # %% ../../nbs/90_cli/00_doctor.ipynb #f7a1b002
 def look_at_torch() -> Finding:
@@ -193,9 +193,9 @@ def look_at_data() -> Finding:
 def look_at_extras() -> list[Finding]:
     "FiftyOne, TensorRT, Chromium, git."
     found = []
-    what, _, mend = (database_problem() or "").partition(": ")
+    what, _, fix = (database_problem() or "").partition(": ")
     found.append(
-        Finding("fiftyone", "warn" if what else "ok", what or f"{_version('fiftyone')}, its database starts", mend)
+        Finding("fiftyone", "warn" if what else "ok", what or f"{_version('fiftyone')}, its database starts", fix)
     )
     names = {"tensorrt": "for engines on this machine's GPU", "tensorrt_rtx": "for engines built without the card"}
     for name, purpose in names.items():
@@ -207,7 +207,7 @@ def look_at_extras() -> list[Finding]:
             )
         )
     for name, words, purpose in (
-        ("chromium", ("chromium", "chromium-browser", "google-chrome"), "pictures of pages in tests"),
+        ("chromium", ("chromium", "chromium-browser", "google-chrome"), "images of pages in tests"),
         ("git", ("git",), "the commit in run.json"),
     ):
         where = next(filter(None, map(shutil.which, words)), None)
@@ -236,10 +236,10 @@ def examine() -> list[Finding]:
     found: list[Finding] = []
     for look in LOOKS:
         try:
-            said = look()
+            message = look()
         except Exception as error:  # noqa: BLE001 - the doctor must not fall ill
-            said = Finding(look.__name__.removeprefix("look_at_"), "warn", f"{type(error).__name__}: {error}")
-        found += said if isinstance(said, list) else [said]
+            message = Finding(look.__name__.removeprefix("look_at_"), "warn", f"{type(error).__name__}: {error}")
+        found += message if isinstance(message, list) else [message]
     return found
 
 

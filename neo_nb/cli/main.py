@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..base.core import InputError, pick, raise_for_disk, settings
+from ..base.core import InputError, check_choice, raise_for_disk, settings
 from .args import parse, placed
 from .commands import Result, benchmark, check_port, demo, doctor, evaluate, export, near, predict, train
 from .data_commands import data_check, data_fetch, data_import, data_list, data_show, data_tile
@@ -69,12 +69,12 @@ def lab(
 # %% ../../nbs/90_cli/06_main.ipynb #d4cd8e9e
 COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "demo": (demo, "scenes, trained, evaluated, exported and reported in a few minutes"),
-    "doctor": (doctor, "what this machine has and lacks, each with its mend"),
+    "doctor": (doctor, "what this machine has and lacks, each with its fix"),
     "data list": (data_list, "the data sets, and whether they are here"),
     "data check": (data_check, "find and count what is wrong with a data set"),
-    "data show": (data_show, "plots and annotated pictures of a data set, on one page"),
+    "data show": (data_show, "plots and annotated images of a data set, on one page"),
     "data import": (data_import, "read a folder in COCO, YOLO, VOC or DICE format, and write its manifest"),
-    "data tile": (data_tile, "cut a data set into tiles, for objects too small in whole pictures"),
+    "data tile": (data_tile, "cut a data set into tiles, for objects too small in whole images"),
     "data fetch": (data_fetch, "download a data set, resuming, verified"),
     "train": (train, "train a detector, evaluate it, write a report"),
     "evaluate": (evaluate, "score a run, weights or an ONNX file on any data set"),
@@ -84,7 +84,7 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "benchmark": (benchmark, "latency and throughput; --against transformers: ratios on the same weights"),
     "errors": (errors, "what went wrong, in FiftyOne; --serve opens the App, --pull brings back your tags"),
     "compare": (compare, "two runs on the same images: is one better, and where"),
-    "predict": (predict, "pictures with boxes, and the boxes as JSON"),
+    "predict": (predict, "images with boxes, and the boxes as JSON"),
     "dashboard": (dashboard, "the curves of all runs in a browser"),
     "lab": (lab, "JupyterLab on the explore notebook"),
 }
@@ -106,10 +106,10 @@ def _choose(words: list[str]) -> tuple[str, list[str]]:
             return name, words[count:]
     group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
     if group and len(words) > 1 and not words[1].startswith("-"):
-        pick(" ".join(words[:2]), group, "command")
+        check_choice(" ".join(words[:2]), group, "command")
     if group:
         return words[0], words[1:]
-    pick(words[0], list(dict.fromkeys(name.split()[0] for name in COMMANDS)), "command")
+    check_choice(words[0], list(dict.fromkeys(name.split()[0] for name in COMMANDS)), "command")
     raise AssertionError("unreachable")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..base.core import InputError, workspace_root
 from ..base.devices import Precision, check_device
-from .commands import Result, check_data, check_tile, find_artifact, near, run_about, run_notebook
+from .commands import Result, check_data, check_tile, find_detector, near, run_about, run_notebook
 from ..recipes.small_objects import STEPS, choose_steps
 from ..recipes.step_report import steps_table, verdicts
 
@@ -39,7 +39,7 @@ def mine(
     run: str,  # The run (or .safetensors) whose errors are mined
     split: str = "train",  # Split that is looked through; never one that is measured on
     data: str | None = None,  # Data set; the one the run was trained on when not given
-    images: str | None = None,  # A folder of pictures without objects, looked through too
+    images: str | None = None,  # A folder of images without objects, looked through too
     threshold: float | None = None,  # Score from which an error is confident; where F1 is best when not given
     similarity: float = 0.95,  # Cosine from which two errors look alike, and one of them is enough
     most: float = 4.0,  # How often an epoch draws the hardest images
@@ -54,11 +54,11 @@ def mine(
     precision: Precision = "auto",  # Of the network; auto: fp32 on a CPU, bf16 or fp16 on a GPU
 ) -> Result:
     "Confident false positives into a manifest that draws them more often."
-    from neo_nb.review.mining import refuse_golden
+    from neo_nb.review.mining import require_trainable_split
     from neo_nb.runs.predict import find_images
 
-    path = find_artifact(run)
-    refuse_golden(split)
+    path = find_detector(run)
+    require_trainable_split(split)
     check_tile(tile, overlap)
     check_device(device)
     _check(path, threshold, similarity, most, limit, name)
@@ -83,8 +83,7 @@ def logo(
     seeds: tuple[int, ...] = (0, 1, 2),  # Every step is trained with each of them
     steps: tuple[str, ...] = (),  # Names of steps; all of them when not given
     size: tuple[int, int] | None = None,  # (height, width) of the baseline's input; the target's when not given
-    tile: tuple[int, int]
-    | None = None,  # (height, width) of tiles in the pictures; the baseline's size when not given
+    tile: tuple[int, int] | None = None,  # (height, width) of tiles in the images; the baseline's size when not given
     model: str = "rtdetr_nano",  # A name from list_models()
     target: str | None = None,  # The machine; that of settings.ini when not given
     device: str = "auto",  # auto: the target's, else cpu, cuda or cuda:N

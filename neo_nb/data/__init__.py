@@ -1,4 +1,4 @@
-"""What other rooms and notebooks take from here
+"""What other packages and notebooks take from here
 
 Data sets by name, readers and writers of four formats, and the loader: the names that notebooks need."""
 

@@ -18,7 +18,7 @@ import numpy as np
 from ..base.annotations import Annotations
 from ..base.boxes import xywh_to_xyxy, xyxy_to_xywh
 from ..base.core import atomic_write
-from .issues import Problem, assemble, image_folder, note, read_json
+from .issues import Issue, assemble, image_folder, raise_or_collect, read_json
 
 # %% ../../nbs/20_data/01_coco.ipynb #2e931553
 def table_of(
@@ -26,7 +26,7 @@ def table_of(
     source: str | Path,  # The file, for messages
     images_root: str | Path,  # The folder that `file_name` starts from
     name: str = "",  # Name of the table, such as "bccd/val"
-    problems: list[Problem] | None = None,  # Where faults are collected; None raises the first
+    problems: list[Issue] | None = None,  # Where faults are collected; None raises the first
     extras: bool = True,  # Keep what is not about boxes: masks, keypoints, …
 ) -> Annotations:
     "Lists that refer to each other by id, as a table."
@@ -132,32 +132,34 @@ def _annotation_fault(row: Any, image_row: dict, label: dict) -> tuple[str, str]
     return "", ""
 
 # %% ../../nbs/20_data/01_coco.ipynb #e2f0be8b
-def _sieve(rows: list, fault: Any, source: str | Path, kind: str, problems: list[Problem] | None) -> list[dict]:
+def _sieve(rows: list, fault: Any, source: str | Path, kind: str, problems: list[Issue] | None) -> list[dict]:
     "The sound rows of a list; the others are problems."
     sound = []
     for number, row in enumerate(rows):
         message = fault(row)
         if message:
-            note(problems, f"{kind}-broken", f"{source} {kind} number {number + 1}", message)
+            raise_or_collect(problems, f"{kind}-broken", f"{source} {kind} number {number + 1}", message)
         else:
             sound.append(row)
     return sound
 
 
-def _unique(rows: list[dict], source: str | Path, kind: str, problems: list[Problem] | None) -> list[dict]:
+def _unique(rows: list[dict], source: str | Path, kind: str, problems: list[Issue] | None) -> list[dict]:
     "The rows whose id stands for the first time."
     seen, sound = set(), []
     for row in rows:
         if row["id"] in seen:
             what = f"this {kind} id stands twice"
-            note(problems, f"{kind}-id-twice", f"{source} {kind} {row['id']}", what, remedy="give each its own id")
+            raise_or_collect(
+                problems, f"{kind}-id-twice", f"{source} {kind} {row['id']}", what, remedy="give each its own id"
+            )
         else:
             seen.add(row["id"])
             sound.append(row)
     return sound
 
 # %% ../../nbs/20_data/01_coco.ipynb #b3d7c7d6
-def _rows(rows: list, image_row: dict, label: dict, source: str | Path, problems: list[Problem] | None) -> list[dict]:
+def _rows(rows: list, image_row: dict, label: dict, source: str | Path, problems: list[Issue] | None) -> list[dict]:
     "The sound annotations: all of them when one look at the whole finds nothing, else row by row."
     try:
         boxes = np.asarray([row["bbox"] for row in rows])
@@ -175,7 +177,7 @@ def _rows(rows: list, image_row: dict, label: dict, source: str | Path, problems
         keys = row if isinstance(row, dict) else {}
         where = f"{source} image {keys.get('image_id')!r} annotation {keys.get('id', f'number {number + 1}')}"
         image_id = keys.get("image_id") if isinstance(keys.get("image_id"), (int, str)) else None
-        note(problems, check, where, message, image_id=image_id)
+        raise_or_collect(problems, check, where, message, image_id=image_id)
     return sound
 
 # %% ../../nbs/20_data/01_coco.ipynb #24ade70b
@@ -183,7 +185,7 @@ def read_coco(
     json_path: str | Path,  # `instances_*.json`
     images_root: str | Path,  # The folder that `file_name` starts from
     name: str = "",  # Name of the table, such as "bccd/val"
-    problems: list[Problem] | None = None,  # Where faults are collected; None raises the first
+    problems: list[Issue] | None = None,  # Where faults are collected; None raises the first
     extras: bool = True,  # Keep what is not about boxes: masks, keypoints, …
 ) -> Annotations:
     "Read COCO's JSON."

@@ -15,7 +15,7 @@ from typing import Any
 from ..base.annotations import Annotations
 from ..base.core import atomic_write
 from .coco import coco_document, table_of
-from .issues import Problem, image_folder, read_json
+from .issues import Issue, image_folder, read_json
 
 # %% ../../nbs/20_data/04_dice.ipynb #3fce46c4
 def _numbered(rows: list, key: str) -> list:
@@ -47,7 +47,7 @@ def read_dice(
     json_path: str | Path,  # The platform's JSON
     images_root: str | Path,  # The folder that `file_name` starts from
     name: str = "",  # Name of the table, such as "bccd/val"
-    problems: list[Problem] | None = None,  # Where faults are collected; None raises the first
+    problems: list[Issue] | None = None,  # Where faults are collected; None raises the first
     extras: bool = True,  # Keep what is not about boxes
 ) -> Annotations:
     "Read the platform's JSON."

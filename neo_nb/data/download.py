@@ -160,7 +160,7 @@ def _verify(part: Path, mark: Path, checksum: str | None, url: str) -> None:
     if found != checksum:
         part.unlink()
         mark.unlink(missing_ok=True)
-        remedy = "the file was removed; fetch again, or mend the manifest if its makers changed it"
+        remedy = "the file was removed; fetch again, or fix the manifest if its makers changed it"
         raise InputError(f"checksum {found}, expected {checksum}", url, remedy)
 
 
@@ -331,8 +331,8 @@ def fetch(
 
 def _done(manifest: Manifest) -> set[str]:
     "The archives that are unpacked."
-    note = manifest.folder / ".fetched"
-    return set(note.read_text().splitlines()) if note.is_file() else set()
+    raise_or_collect = manifest.folder / ".fetched"
+    return set(raise_or_collect.read_text().splitlines()) if raise_or_collect.is_file() else set()
 
 
 def _archive_path(manifest: Manifest, archive: Archive) -> Path:

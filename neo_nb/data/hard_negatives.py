@@ -52,7 +52,7 @@ class Mined(_Strict):
     split: str  # The split of it that was mined
     run: str  # Whose errors they are
     round: int = 1
-    weights: list[tuple[int | str, float]]  # Image id and weight, of those that are not drawn once an epoch
+    weights: list[tuple[int | str, float]]  # Image id and weight, of those that are not drawn once per epoch
     images: list[Background] = Field(default_factory=list)
     negatives: list[Negative] = Field(default_factory=list)  # Of this round
     counts: dict[str, int] = Field(default_factory=dict)

@@ -14,10 +14,19 @@ from pathlib import Path
 
 import yaml
 
-from ..base.core import InputError, pick, settings, workspace_root
+from ..base.core import InputError, check_choice, settings, workspace_root
 from .coco import read_coco
 from .issues import read_text
-from .manifest import Format, Manifest, Split, faults_line, log, read_split, take_print, write_manifest
+from neo_nb.data.manifest import (
+    Format,
+    Manifest,
+    Split,
+    compute_fingerprint,
+    faults_line,
+    log,
+    read_split,
+    write_manifest,
+)
 from .yolo import SUFFIXES, read_data_yaml
 
 # %% ../../nbs/20_data/07_importer.ipynb #80986705
@@ -126,12 +135,12 @@ def detect_format(
     if path.is_file():
         finders = {k: f for k, f in finders.items() if (path.suffix == ".json") == (f is _find_json)}
     if format is not None:
-        finders = {pick(format, finders, "format of data here"): finders[format]}
+        finders = {check_choice(format, finders, "format of data here"): finders[format]}
     for finder in dict.fromkeys(finders.values()):
         found = finder(path, root)
         if found:
-            said = {kind for kind, _ in found.values()}
-            kind = format or ("dice" if "dice" in said else said.pop())
+            message = {kind for kind, _ in found.values()}
+            kind = format or ("dice" if "dice" in message else message.pop())
             return kind, root, {key: entry for key, (_, entry) in found.items()}
     raise InputError(f"holds no {' or '.join(finders)} data that I can find", path, "write the manifest by hand")
 
@@ -162,7 +171,7 @@ def import_dataset(
         raise InputError(f"the splits differ in their classes: {classes}", path, "map them to one list first")
     manifest.classes = list(next(iter(tables.values())).class_names)
     for split, table in tables.items():
-        manifest.splits[split].fingerprint = take_print(table)
+        manifest.splits[split].fingerprint = compute_fingerprint(table)
         if faults_line(table):
             log.warning(faults_line(table))
     write_manifest(manifest, target)

@@ -1,4 +1,4 @@
-"""Several images in one view, for more objects a step and less to learn by heart
+"""Several images in one view, for more objects per step and less to learn by heart
 
 Views made of several images: four around a centre, or two laid over each other."""
 

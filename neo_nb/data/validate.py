@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from ..base.annotations import Annotations
-from ..base.core import InputError, pick
-from .issues import SEVERITIES, Problem, faulty_boxes, note, place
+from ..base.core import InputError, check_choice
+from .issues import SEVERITIES, Issue, faulty_boxes, place, raise_or_collect
 from .manifest import Manifest, changes_of, load_manifest, read_split
 
 # %% ../../nbs/20_data/09_validate.ipynb #42e74089
@@ -91,9 +91,9 @@ _BOX_WORDS = {
 
 def check_table(
     table: Annotations,
-) -> list[Problem]:
+) -> list[Issue]:
     "Check what a table says, without looking at its images."
-    problems: list[Problem] = []
+    problems: list[Issue] = []
     index = table.image_index
     for check, rows in faulty_boxes(table).items():
         for row in rows.tolist():
@@ -102,18 +102,20 @@ def check_table(
             what = _BOX_WORDS[check].format(h=h, w=w, box=f"x1 y1 x2 y2 = {box}")
             what = f"{table.class_names[table.labels[row]]} {what}"
             image_id = table.image_ids[index[row]].item()
-            note(problems, check, place(table, row), what, severity="warning", image_id=image_id)
+            raise_or_collect(problems, check, place(table, row), what, severity="warning", image_id=image_id)
     for row in np.flatnonzero(np.diff(table.offsets) == 0).tolist():
-        note(problems, "image-without-boxes", *_image(table, row), severity="info")
+        raise_or_collect(problems, "image-without-boxes", *_image(table, row), severity="info")
     for row in _repeats(table.file_names.tolist()):
-        note(problems, "image-name-twice", *_image(table, row), severity="error")
+        raise_or_collect(problems, "image-name-twice", *_image(table, row), severity="error")
     twice = _repeats(table.box_ids.tolist())
     if twice:
         what = f"{len(twice)} annotation ids stand twice, the first is {table.box_ids[twice[0]]}"
-        note(problems, "box-id-twice", table.source or table.name, what, severity="warning")
+        raise_or_collect(problems, "box-id-twice", table.source or table.name, what, severity="warning")
     counts = np.bincount(table.labels, minlength=len(table.class_names))
     for name in (n for n, count in zip(table.class_names, counts.tolist()) if not count):
-        note(problems, "class-empty", table.source or table.name, f"no box of class {name}", severity="warning")
+        raise_or_collect(
+            problems, "class-empty", table.source or table.name, f"no box of class {name}", severity="warning"
+        )
     return problems
 
 
@@ -170,39 +172,39 @@ def look(
 # %% ../../nbs/20_data/09_validate.ipynb #7e90e25e
 def check_images(
     table: Annotations,
-    facts: Sequence[ImageFacts],  # One an image of the table
-) -> list[Problem]:
+    facts: Sequence[ImageFacts],  # One per image of the table
+) -> list[Issue]:
     "Compare images with what the table says of them."
-    problems: list[Problem] = []
+    problems: list[Issue] = []
     for row, fact in enumerate(facts):
         path, image_id = table.root / str(table.file_names[row]), table.image_ids[row].item()
         height, width = table.sizes[row].tolist()
         if fact.check:
-            note(problems, fact.check, path, f"{fact.message}; image {image_id}", image_id=image_id)
+            raise_or_collect(problems, fact.check, path, f"{fact.message}; image {image_id}", image_id=image_id)
             continue
         lying = fact.turned and fact.size == (width, height)  # annotated as it lies; the loader does not turn it then
         if fact.size != (height, width) and not lying:
             what = f"the file is {fact.size[1]} x {fact.size[0]}, its annotation says {width} x {height}; image {image_id}"
-            note(problems, "image-size", path, what, image_id=image_id)
+            raise_or_collect(problems, "image-size", path, what, image_id=image_id)
         if fact.turned:
             what = f"turned by its EXIF tag{', annotated as it lies' * lying}; image {image_id}"
-            note(problems, "image-rotated", path, what, severity="info", image_id=image_id)
+            raise_or_collect(problems, "image-rotated", path, what, severity="info", image_id=image_id)
         if fact.mode not in ("RGB", "L"):
             what = f"its pixels are {fact.mode}; they are turned into 8-bit RGB; image {image_id}"
-            note(problems, "image-depth", path, what, severity="info", image_id=image_id)
+            raise_or_collect(problems, "image-depth", path, what, severity="info", image_id=image_id)
     return problems
 
 # %% ../../nbs/20_data/09_validate.ipynb #08adcedb
 def check_repeats(
     splits: dict[str, tuple[Annotations, Sequence[ImageFacts]]],  # Split → its table and images
-) -> list[Problem]:
+) -> list[Issue]:
     "The same bytes in two places."
     places: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
     for split, (_, facts) in splits.items():
         for row, fact in enumerate(facts):
             if fact.digest:
                 places[fact.digest].append((split, row))
-    problems: list[Problem] = []
+    problems: list[Issue] = []
     for same in (rows for rows in places.values() if len(rows) > 1):
         (split, row), *others = same
         first = f"{split} image {splits[split][0].image_ids[row]}"
@@ -212,7 +214,7 @@ def check_repeats(
             what = f"the same file as {first}; {other} image {table.image_ids[k]}"
             check, severity = ("image-in-two-splits", "error") if across else ("image-twice", "warning")
             where, image_id = table.root / str(table.file_names[k]), table.image_ids[k].item()
-            note(problems, check, where, what, severity=severity, image_id=image_id)
+            raise_or_collect(problems, check, where, what, severity=severity, image_id=image_id)
     return problems
 
 # %% ../../nbs/20_data/09_validate.ipynb #8445462d
@@ -222,7 +224,7 @@ class CheckReport:
 
     dataset: str
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)  # Split → images, boxes, per_class, …
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Issue] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -261,7 +263,7 @@ class CheckReport:
 
 # %% ../../nbs/20_data/09_validate.ipynb #157af97f
 def _split_lines(report: CheckReport) -> list[str]:
-    "A line a split, in columns."
+    "A line per split, in columns."
     head = ("split", "images", "boxes", "ignored", "without boxes", "most in one", "boxes by class")
     rows = [head]
     for split, facts in report.splits.items():
@@ -277,9 +279,9 @@ def _split_lines(report: CheckReport) -> list[str]:
     return [report.dataset, *lines]
 
 
-def _problem_lines(problems: Iterable[Problem], most: int) -> list[str]:
+def _problem_lines(problems: Iterable[Issue], most: int) -> list[str]:
     "Each check with its count and its first places, errors first."
-    groups: dict[tuple[int, str], list[Problem]] = defaultdict(list)
+    groups: dict[tuple[int, str], list[Issue]] = defaultdict(list)
     for problem in problems:
         groups[SEVERITIES.index(problem.severity), problem.check].append(problem)
     lines = []
@@ -294,8 +296,8 @@ def _last_line(report: CheckReport) -> str:
     "The end of the report: how much of what."
     images = sum(facts["images"] for facts in report.splits.values())
     boxes = sum(facts["boxes"] for facts in report.splits.values())
-    said = ", ".join(f"{n:,} {key}{'s' * (n != 1 and key != 'info')}" for key, n in report.counts.items())
-    return f"\n{images:,} images, {boxes:,} boxes: {said}"
+    message = ", ".join(f"{n:,} {key}{'s' * (n != 1 and key != 'info')}" for key, n in report.counts.items())
+    return f"\n{images:,} images, {boxes:,} boxes: {message}"
 
 # %% ../../nbs/20_data/09_validate.ipynb #aed993d9
 def check_dataset(
@@ -307,7 +309,7 @@ def check_dataset(
 ) -> CheckReport:
     "Examine a data set."
     manifest = load_manifest(name)
-    splits = [pick(split, manifest.splits, f"split of {manifest.name}") for split in splits or manifest.splits]
+    splits = [check_choice(split, manifest.splits, f"split of {manifest.name}") for split in splits or manifest.splits]
     report = CheckReport(manifest.name)
     seen: dict[str, tuple[Annotations, Sequence[ImageFacts]]] = {}
     for split in splits:
@@ -325,13 +327,13 @@ def check_dataset(
     return report
 
 
-def _read(manifest: Manifest, split: str, problems: list[Problem]) -> Annotations | None:
+def _read(manifest: Manifest, split: str, problems: list[Issue]) -> Annotations | None:
     "A split's table without its faulty rows; None when there is nothing to look at."
     before = len(problems)
     try:
         table = read_split(manifest, split, problems)
     except InputError as error:
-        note(problems, "split-unreadable", error.where or f"{manifest.name}/{split}", error.what)
+        raise_or_collect(problems, "split-unreadable", error.where or f"{manifest.name}/{split}", error.what)
         return None
     gone = {"root-missing", "folder-missing", "file-missing", "json-broken", "json-keys"}
     broken = any(p.check in gone for p in problems[before:])
@@ -352,22 +354,22 @@ def _facts_of(table: Annotations) -> dict[str, Any]:
     }
 
 
-def _check_manifest(manifest: Manifest, split: str, table: Annotations) -> list[Problem]:
+def _check_manifest(manifest: Manifest, split: str, table: Annotations) -> list[Issue]:
     "Against what the manifest says."
-    problems: list[Problem] = []
+    problems: list[Issue] = []
     entry, where = manifest.splits[split], f"{manifest.name}/{split}"
     if manifest.classes and list(table.class_names) != manifest.classes:
         what = f"its classes are {', '.join(table.class_names)}; the manifest says {', '.join(manifest.classes)}"
-        note(problems, "class-list", where, what)
+        raise_or_collect(problems, "class-list", where, what)
     for key, wanted, got in (
         ("images", entry.expected_images, len(table)),
         ("boxes", entry.expected_boxes, len(table.boxes_xyxy)),
     ):
         if wanted is not None and wanted != got:
-            note(problems, "count-differs", where, f"{got:,} {key}, expected {wanted:,}")
+            raise_or_collect(problems, "count-differs", where, f"{got:,} {key}, expected {wanted:,}")
     changes = changes_of(manifest, split, table) if entry.fingerprint else []
     if changes:
-        note(problems, "fingerprint-differs", where, "; ".join(changes))
+        raise_or_collect(problems, "fingerprint-differs", where, "; ".join(changes))
     return problems
 
 

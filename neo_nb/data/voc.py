@@ -21,29 +21,31 @@ import numpy as np
 
 from ..base.annotations import Annotations
 from ..base.core import InputError, atomic_write
-from .issues import Problem, assemble, image_folder, note, read_json, read_text
+from .issues import Issue, assemble, image_folder, raise_or_collect, read_json, read_text
 
 # %% ../../nbs/20_data/03_voc.ipynb #613e3e44
-def _parse(path: Path, problems: list[Problem] | None) -> tuple[ElementTree.Element | None, list[int]]:
+def _parse(path: Path, problems: list[Issue] | None) -> tuple[ElementTree.Element | None, list[int]]:
     "An annotation's XML and the line of each object; None when it is not one."
     text = read_text(path, problems)
     if text is None:
         return None, []
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        note(problems, "xml-broken", path, "declares a document type, which an annotation has no need of")
+        raise_or_collect(problems, "xml-broken", path, "declares a document type, which an annotation has no need of")
         return None, []
     try:
         element = ElementTree.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", text, count=1))
     except ElementTree.ParseError as error:
         cut = error.code in (3, 5) or error.position[0] > text.rstrip().count("\n")
         what = "the file is cut off" if cut else f"not XML ({error})"
-        note(problems, "xml-broken", f"{path} line {error.position[0]}", what, remedy="copy or export it anew")
+        raise_or_collect(
+            problems, "xml-broken", f"{path} line {error.position[0]}", what, remedy="copy or export it anew"
+        )
         return None, []
     if element.tag != "annotation":
-        note(problems, "xml-broken", path, f"expected <annotation>, got <{element.tag}>")
+        raise_or_collect(problems, "xml-broken", path, f"expected <annotation>, got <{element.tag}>")
         return None, []
     if "\r" in text:
-        note(problems, "line-ends", path, "CRLF line ends", severity="info")
+        raise_or_collect(problems, "line-ends", path, "CRLF line ends", severity="info")
     starts = [m.start() for m in re.finditer(r"<object[\s>]", text)]
     return element, _lines(text, starts)
 
@@ -90,7 +92,7 @@ def _objects(
         line = lines[i] if i < len(lines) else 0
         box, check, message = _box_of(element, classes)
         if check:
-            note(problems, check, f"{path} line {line}", message, image_id=image_id)
+            raise_or_collect(problems, check, f"{path} line {line}", message, image_id=image_id)
             continue
         own = _number(element, "id")
         found.append(
@@ -118,7 +120,7 @@ def _file_name(root: ElementTree.Element, path: Path, folder: Path, images_root:
         if (images_root / own).with_suffix(suffix).is_file():
             if given != own.with_suffix(suffix).name:
                 what = f"filename says {given!r}, the image is {own.name}{suffix}"
-                note(problems, "filename-differs", path, what, severity="warning")
+                raise_or_collect(problems, "filename-differs", path, what, severity="warning")
             return f"{own.as_posix()}{suffix}"
     return (own.parent / (given or f"{own.name}.jpg")).as_posix()
 
@@ -140,12 +142,12 @@ def read_voc(
     images_root: str | Path,  # The folder of images, laid out the same
     name: str = "",  # Name of the table, such as "bccd/val"
     class_names: Sequence[str] | None = None,  # The classes in order; those found, sorted, when None
-    problems: list[Problem] | None = None,  # Where faults are collected; None raises the first
+    problems: list[Issue] | None = None,  # Where faults are collected; None raises the first
 ) -> Annotations:
     "Read a folder of VOC's XML."
     folder, images_root = Path(folder_xml), image_folder(images_root, folder_xml, problems)
     if not folder.is_dir():
-        note(problems, "folder-missing", folder, "no such folder of XML files")
+        raise_or_collect(problems, "folder-missing", folder, "no such folder of XML files")
     names, category_ids = _classes(folder, class_names, problems)
     images, objects = [], []
     for path in sorted(folder.rglob("*.xml")):
@@ -201,10 +203,12 @@ def _size_of_file(image: Path, path: Path, problems: Any) -> tuple[int, int] | N
     try:
         with Image.open(image) as opened:
             size = (opened.height, opened.width)
-        note(problems, "size-missing", path, f"no size; the image says {size[0]} x {size[1]}", severity="warning")
+        raise_or_collect(
+            problems, "size-missing", path, f"no size; the image says {size[0]} x {size[1]}", severity="warning"
+        )
         return size
     except (OSError, ValueError):
-        note(problems, "size-missing", path, f"no size, and the image {image} cannot be read")
+        raise_or_collect(problems, "size-missing", path, f"no size, and the image {image} cannot be read")
         return None
 
 # %% ../../nbs/20_data/03_voc.ipynb #0d34f540

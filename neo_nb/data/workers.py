@@ -47,8 +47,8 @@ def room(
     for number in range(workers, 0, -1):
         for ahead in (2, 1):
             if (number * ahead + 2) * batch * ranks < free:
-                said = f"{number} of {workers} workers: {words} for batches of {batch / 2**20:,.1f} MiB"
-                return number, ahead, [said] * (number < workers)
+                message = f"{number} of {workers} workers: {words} for batches of {batch / 2**20:,.1f} MiB"
+                return number, ahead, [message] * (number < workers)
     return 0, 2, [f"no workers: {words} for batches of {batch / 2**20:,.1f} MiB"] * (workers > 0)
 
 # %% ../../nbs/20_data/16_workers.ipynb #431bd5a4
@@ -79,12 +79,12 @@ def _explained(error: BaseException, about: str = "") -> BaseException:
     "One clear line for a worker that died or is silent; any other error as it is."
     if isinstance(error.__cause__, InputError):
         return error.__cause__
-    words, said = ", ".join(filter(None, (about, _shared()[1]))), str(error)
-    if _LATE in said:
+    words, message = ", ".join(filter(None, (about, _shared()[1]))), str(error)
+    if _LATE in message:
         remedy = "see whether the disk of the images answers, or choose --workers 0"
         return InputError(f"no batch came for {PATIENCE / 60:.3g} minutes ({words})", "loader", remedy)
-    if isinstance(error, OSError) or ("DataLoader worker" in said and any(part in said for part in _DEAD)):
-        reason = said.partition(". ")[0].replace("DataLoader worker", "worker")
+    if isinstance(error, OSError) or ("DataLoader worker" in message and any(part in message for part in _DEAD)):
+        reason = message.partition(". ")[0].replace("DataLoader worker", "worker")
         remedy = "choose fewer workers (--workers 0 for none), or give more memory (docker run --shm-size=1g)"
         return InputError(f"the processes that read images do not work: {reason} ({words})", "loader", remedy)
     return error

@@ -20,15 +20,15 @@ from ..base.core import InputError
 from ..base.detections import Detections
 from ..base.devices import autocast
 from ..data.augment import prepare
-from ..data.tiles import Regions
-from .detector import Artifact
+from ..data.tiles import RegionReader
+from .detector import Detector
 
 # %% ../../nbs/65_deploy/03_embeddings.ipynb #07e52aed
-def _network(detector: Artifact) -> torch.nn.Module:
-    "The torch network behind an artifact."
+def _network(detector: Detector) -> torch.nn.Module:
+    "The torch network behind a detector."
     network = getattr(getattr(detector, "inner", detector), "network", None)
     if not hasattr(network, "encode"):
-        what = f"an artifact of kind {detector.kind} gives boxes and no features"
+        what = f"a detector of kind {detector.kind} gives boxes and no features"
         raise InputError(what, detector.record.get("model"), "use the run it was exported from, or its .safetensors")
     return network
 
@@ -48,7 +48,7 @@ def pooled(
 
 # %% ../../nbs/65_deploy/03_embeddings.ipynb #f43e3218
 def _views(
-    detector: Artifact, annotations: Annotations, boxes: np.ndarray, offsets: np.ndarray
+    detector: Detector, annotations: Annotations, boxes: np.ndarray, offsets: np.ndarray
 ) -> list[tuple[int, np.ndarray, np.ndarray]]:
     "Image, window (xyxy) and the rows of the boxes that are looked at in it."
     views = []
@@ -68,7 +68,7 @@ def _views(
 # %% ../../nbs/65_deploy/03_embeddings.ipynb #f55cf264
 @torch.inference_mode()
 def _embed(
-    detector: Artifact, annotations: Annotations, boxes: np.ndarray, offsets: np.ndarray, batch_size: int
+    detector: Detector, annotations: Annotations, boxes: np.ndarray, offsets: np.ndarray, batch_size: int
 ) -> np.ndarray:
     "Vectors of boxes that are sorted by image: image i has rows offsets[i]:offsets[i + 1]."
     network = _network(detector)
@@ -80,7 +80,7 @@ def _embed(
         for row, window, _ in some:
             if row != at:
                 known = annotations.of(row)
-                regions, at = Regions(known.path, known.size), row
+                regions, at = RegionReader(known.path, known.size), row
             parts.append(regions.read(window))
         batch = prepare(parts, detector.size, detector.divisor, detector.resize)
         which = np.concatenate([rows for _, _, rows in some])
@@ -100,12 +100,12 @@ def _width(network: torch.nn.Module) -> int:
 
 # %% ../../nbs/65_deploy/03_embeddings.ipynb #3a24facd
 def embed_boxes(
-    detector: Artifact,  # From `load_artifact`; one with a torch network
+    detector: Detector,  # From `load_detector`; one with a torch network
     annotations: Annotations,  # The images; what is annotated on them is not looked at
     detections: Detections,  # The boxes
     batch_size: int = 8,  # Images at once
 ) -> np.ndarray:  # m d, float32, of length 1, row by row those of `detections`
-    "The detector's own features of each detection's crop. Raises `InputError` for an artifact without features."
+    "The detector's own features of each detection's crop. Raises `InputError` for a detector without features."
     if detections.num_images != len(annotations):
         what = f"detections of {detections.num_images} images, a table of {len(annotations)}"
         raise InputError(what, annotations.name or None)
@@ -115,7 +115,7 @@ def embed_boxes(
 
 
 def embed_images(
-    detector: Artifact,  # From `load_artifact`; one with a torch network
+    detector: Detector,  # From `load_detector`; one with a torch network
     annotations: Annotations,
     batch_size: int = 8,  # Images at once
 ) -> np.ndarray:  # n d, float32, of length 1, row by row those of `annotations`

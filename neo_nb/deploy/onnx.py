@@ -23,12 +23,12 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from ..base.boxes import box_iou
-from ..base.core import InputError, atomic_write, pick
+from ..base.core import InputError, atomic_write, check_choice
 from ..base.detections import Detections
 from ..base.geometry import check_size, pad_to
 from ..data.augment import prepare
 from ..data.batch import Batch
-from .detector import INPUTS, OUTPUTS, Artifact, TorchArtifact, load_artifact
+from .detector import INPUTS, OUTPUTS, Detector, TorchDetector, load_detector
 from ..models.weights import model_record
 
 # %% ../../nbs/65_deploy/04_onnx.ipynb #d6437d94
@@ -65,7 +65,7 @@ def export_onnx(
     *,
     batch: int | str = 1,  # Images at once, or "dynamic"
     size: tuple[int, int] | None = None,  # (height, width) of the content; the one it was trained at when None
-    max_dets: int | None = None,  # Detections an image; the number of queries when None
+    max_dets: int | None = None,  # Detections per image; the number of queries when None
     opset: int = 18,  # 17 at least
     **more: object,  # Goes into the record: metrics, data, fingerprint
 ) -> Path:  # `path`
@@ -180,10 +180,10 @@ def compare(
     a: Detections,
     b: Detections,  # Of the same images
     iou_threshold: float = 0.95,  # From this overlap on two boxes are the same
-    min_score: float = 0.05,  # Detections that nobody would look at are not asked for, only accepted as partners
+    min_score: float = 0.05,  # Detections that nobody would look at are not requested, only accepted as partners
     score_bound: float = 1.0,  # From this difference in score on a pair does not agree
 ) -> dict:  # agreement (0..1), unmatched, apart, detections, largest score_difference, smallest iou, odd
-    "How far two artifacts say the same, as sets; `odd` lists what differs, surest first."
+    "How far two detectors say the same, as sets; `odd` lists what differs, surest first."
     total, alone, odd, difference, smallest = 0, 0, [], 0.0, 1.0
     for image in range(a.num_images):
         one, two = a.of(image), b.of(image)
@@ -225,13 +225,13 @@ VERDICTS = ("proven", "differs", "not proven")
 
 def prove(
     expected: Detections,  # Torch's
-    said: Detections,  # The file's, of the same images
+    predicted: Detections,  # The file's, of the same images
     precision: str = "fp32",  # A key of `BOUNDS`: what the file computes in
     min_score: float = 0.05,  # From this score on a detection must have a partner
 ) -> dict:  # What `compare` says, the bounds, and the `verdict`: one of `VERDICTS`
     "Whether a file finds what the model finds."
-    bound = BOUNDS[pick(precision, BOUNDS, "precision")]
-    found = compare(expected, said, 0.95, min_score, bound.score)
+    bound = BOUNDS[check_choice(precision, BOUNDS, "precision")]
+    found = compare(expected, predicted, 0.95, min_score, bound.score)
     enough = VERDICTS[0] if found["agreement"] >= bound.share else VERDICTS[1]
     verdict = enough if found["detections"] else VERDICTS[2]
     rule = {"precision": precision, "min_score": min_score, "min_iou": 0.95}
@@ -315,17 +315,17 @@ def verify_onnx(
     precision: str = "fp32",  # A key of `BOUNDS`
     min_score: float = 0.05,  # From this score on a detection must have a partner
     repeats: int = 5,  # Timed calls
-) -> dict:  # What `prove` says, and `images batch torch_ms onnx_ms`, milliseconds a batch
+) -> dict:  # What `prove` says, and `images batch torch_ms onnx_ms`, milliseconds per batch
     "Hold a file to the model it was made from."
     if not images:
         raise InputError("there is no image to compare on", path)
-    artifact = load_artifact(path)
-    if artifact.class_names != tuple(model.class_names):
-        raise InputError(f"detects {list(artifact.class_names)}, the model {list(model.class_names)}", path)
-    reference: Artifact = TorchArtifact(model, artifact.size)
-    said, expected = artifact(images), reference(images).top_k(artifact.record["max_dets"])
-    result = prove(expected, said, precision, min_score) | {"images": len(images)}
-    size = artifact.batch or 1
-    batch = prepare([images[i % len(images)] for i in range(size)], artifact.size, artifact.divisor, artifact.resize)
-    times = {f"{a.kind}_ms": _milliseconds(a.run, batch, repeats) for a in (reference, artifact)}
+    detector = load_detector(path)
+    if detector.class_names != tuple(model.class_names):
+        raise InputError(f"detects {list(detector.class_names)}, the model {list(model.class_names)}", path)
+    reference: Detector = TorchDetector(model, detector.size)
+    predicted, expected = detector(images), reference(images).top_k(detector.record["max_dets"])
+    result = prove(expected, predicted, precision, min_score) | {"images": len(images)}
+    size = detector.batch or 1
+    batch = prepare([images[i % len(images)] for i in range(size)], detector.size, detector.divisor, detector.resize)
+    times = {f"{a.kind}_ms": _milliseconds(a.run, batch, repeats) for a in (reference, detector)}
     return result | {"batch": size} | times

@@ -1,4 +1,4 @@
-"""Sizes, costs, confusions and calibration: four pictures and one record of what a detector gets wrong
+"""Sizes, costs, confusions and calibration: four images and one record of what a detector gets wrong
 
 `analyse` gathers slices, errors, confusions and calibration as plain numbers; `plot_slices`, `plot_costs`, `plot_confusion`, `plot_calibration` show them."""
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..base.annotations import Annotations
 from ..base.detections import Detections
-from .errors import confusion_matrix, error_costs, find_errors
+from .errors import confusion_matrix, delta_ap, find_errors
 from .operating_point import COLOURS
 from .slices import calibration, slice_metrics
 
@@ -33,7 +33,7 @@ def analyse(
     threshold = max(metrics["threshold"], 0.0)
     errors = find_errors(detections, annotations, score_threshold=threshold, **rule)
     found = {"slices": slice_metrics(detections, annotations, threshold, metrics["max_dets"])}
-    found |= {"errors": errors.counts(), "costs": error_costs(detections, annotations, **rule)}
+    found |= {"errors": errors.counts(), "costs": delta_ap(detections, annotations, **rule)}
     found |= {"calibration": calibration(detections, annotations, **rule)}
     if len(annotations.class_names) <= MOST_CLASSES:
         matrix = confusion_matrix(detections, annotations, score_threshold=threshold, **rule)
@@ -75,9 +75,9 @@ def plot_slices(
 
 # %% ../../nbs/50_evaluate/06_analysis.ipynb #e54f393c
 def plot_costs(
-    costs: Mapping[str, Mapping[str, float]],  # From `error_costs`
+    costs: Mapping[str, Mapping[str, float]],  # From `delta_ap`
 ):  # -> matplotlib Figure
-    "AP50 that would be won by mending each kind, the dearest first."
+    "AP50 that would be won by fixing each kind, the dearest first."
     figure, (panel,) = _axes(5.6, 2.6)
     ends = ("false positives", "false negatives")
     kinds = sorted((name for name in costs if name not in ends), key=lambda name: costs[name]["cost"])
@@ -87,7 +87,7 @@ def plot_costs(
     words = [f"{costs[name]['cost']:.3f}  ({int(costs[name]['count']):,})" for name in names]
     panel.bar_label(bars, words, padding=4, fontsize=8)
     panel.margins(x=0.25)
-    panel.set_xlabel("AP50 won by mending it (how many there are)", fontsize=9)
+    panel.set_xlabel("AP50 won by fixing it (how many there are)", fontsize=9)
     panel.tick_params(axis="y", length=0)
     return figure
 

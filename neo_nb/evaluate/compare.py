@@ -1,4 +1,4 @@
-"""Is it better, or was it luck: the difference of AP on images drawn again, and the pictures that changed
+"""Is it better, or was it luck: the difference of AP on images drawn again, and the images that changed
 
 `compare_detections` puts an interval around the difference of two runs, `find_changes` says which images and objects changed."""
 
@@ -15,8 +15,8 @@ import numpy as np
 from ..base.annotations import Annotations
 from ..base.core import InputError
 from ..base.detections import Detections
-from .coco_metrics import IOU_THRESHOLDS, RECALLS, RIGHT, UNCOUNTED, judge
-from .matching import check_pair, find_pairs, turns
+from .coco_metrics import IOU_THRESHOLDS, RECALLS, RIGHT, UNCOUNTED, label_tp_fp
+from .matching import check_pair, iou_pairs, turns
 from .operating_point import ALL, match_detections, threshold_curves
 
 # %% ../../nbs/50_evaluate/05_compare.ipynb #a12fe6c1
@@ -33,13 +33,13 @@ def _needed(total: np.ndarray) -> np.ndarray:  # d 101, int64
 def _class_ap(verdict: np.ndarray, image: np.ndarray, objects: np.ndarray, draws: np.ndarray) -> np.ndarray:  # t d
     "AP of one class at each threshold in each draw; rows of `verdict` by falling score."
     weight, total = draws[:, image], draws @ objects
-    said, ap, needed = weight.cumsum(1, dtype=np.int32), np.zeros((len(verdict), len(draws))), _needed(total)
+    predicted, ap, needed = weight.cumsum(1, dtype=np.int32), np.zeros((len(verdict), len(draws))), _needed(total)
     for t, row in enumerate(verdict):
         right, excused = np.flatnonzero(row == RIGHT), np.flatnonzero(row == UNCOUNTED)
         if not len(right):
             continue
         tp = weight[:, right].cumsum(1, dtype=np.int32)
-        counted = said[:, right]
+        counted = predicted[:, right]
         if len(excused):
             before = np.searchsorted(excused, right)
             counted = counted - np.pad(weight[:, excused].cumsum(1), ((0, 0), (1, 0)))[:, before]
@@ -59,8 +59,8 @@ def ap_of_draws(
     max_dets: int = 100,  # Detections that count, for each class in each image
 ) -> tuple[np.ndarray, np.ndarray]:  # AP and AP50 of each draw; nan without objects
     "AP where images count more than once, or not at all."
-    pairs = find_pairs(detections, annotations, IOU_THRESHOLDS[0], max_dets)
-    verdict, _ = judge(pairs, detections, annotations)
+    pairs = iou_pairs(detections, annotations, IOU_THRESHOLDS[0], max_dets)
+    verdict, _ = label_tp_fp(pairs, detections, annotations)
     order = np.lexsort((-detections.scores, detections.labels))
     order = order[turns(detections)[order] < max_dets]
     ap = np.full((len(annotations.class_names), len(IOU_THRESHOLDS), len(draws)), np.nan)
@@ -70,8 +70,8 @@ def ap_of_draws(
         mine = ~annotations.iscrowd & (annotations.labels == label)
         objects = np.bincount(annotations.image_index[mine], minlength=len(annotations))
         if objects.any():
-            step, said = max(1, CELLS // max(len(rows), 1)), (verdict[:, rows], detections.image_index[rows])
-            parts = [_class_ap(*said, objects, draws[i : i + step]) for i in range(0, len(draws), step)]
+            step, predicted = max(1, CELLS // max(len(rows), 1)), (verdict[:, rows], detections.image_index[rows])
+            parts = [_class_ap(*predicted, objects, draws[i : i + step]) for i in range(0, len(draws), step)]
             ap[label] = np.concatenate(parts, 1)
     known = ~np.isnan(ap[:, 0])
     mean = np.where(known, ap.mean(1), 0).sum(0), np.where(known, ap[:, 0], 0).sum(0)
@@ -100,9 +100,9 @@ def image_counts(
     loud = detections.above(threshold)
     matches, n = match_detections(loud, annotations, iou_threshold, max_dets), len(annotations)
     masks = (matches.truth >= 0, (matches.truth < 0) & ~matches.ignored)
-    said = [np.bincount(loud.image_index[mask], minlength=n) for mask in masks]
+    predicted = [np.bincount(loud.image_index[mask], minlength=n) for mask in masks]
     lost = np.bincount(annotations.image_index[~matches.found & ~annotations.iscrowd], minlength=n)
-    return np.stack([*said, lost], 1)
+    return np.stack([*predicted, lost], 1)
 
 # %% ../../nbs/50_evaluate/05_compare.ipynb #91c1b501
 def _told(first: np.ndarray, second: np.ndarray) -> dict:

@@ -16,7 +16,7 @@ import numpy as np
 from ..base.annotations import Annotations
 from ..base.detections import Detections
 from .coco_metrics import coco_metrics
-from .matching import find_pairs, take_turns, turns
+from .matching import iou_pairs, match_greedy, turns
 
 # %% ../../nbs/50_evaluate/02_operating_point.ipynb #aeef8855
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,8 @@ def match_detections(
     max_dets: int = 100,  # Detections that count, for each class in each image
 ) -> Matches:
     "Match detections to objects, image by image and class by class."
-    pairs = find_pairs(detections, annotations, iou_threshold, max_dets)
-    taken = take_turns(pairs, detections, annotations, (iou_threshold,))
+    pairs = iou_pairs(detections, annotations, iou_threshold, max_dets)
+    taken = match_greedy(pairs, detections, annotations, (iou_threshold,))
     took = taken.truth[0]
     excused = (took >= 0) & annotations.iscrowd[took] if len(took) else took.astype(bool)
     truth, found = np.full(len(detections), -1), np.zeros(len(annotations.labels), bool)
@@ -144,8 +144,8 @@ def _intervals(
     spread = np.quantile(curve.thresholds, np.linspace(0, 1, 64), method="nearest")
     grid = np.unique(np.append(spread, best))[::-1]
     tp = draws @ _counts(image[right], scores[right], grid, len(objects)).astype(np.float32)
-    said = draws @ _counts(image, scores, grid, len(objects)).astype(np.float32)
-    f1 = 2 * tp / np.maximum(said + (draws @ objects.astype(np.float32))[:, None], 1)
+    predicted = draws @ _counts(image, scores, grid, len(objects)).astype(np.float32)
+    f1 = 2 * tp / np.maximum(predicted + (draws @ objects.astype(np.float32))[:, None], 1)
     ends = np.quantile(f1[:, np.flatnonzero(grid == best)[0]], (0.025, 0.975))
     thresholds = np.quantile(grid[f1.argmax(1)], (0.025, 0.975), method="nearest")
     return {"F1_interval": ends.astype(float).tolist(), "threshold_interval": thresholds.tolist()}
@@ -206,7 +206,7 @@ def _panel(xlabel: str, ylabel: str):
 
 
 def _draw(axes, curves: dict[str, Curve], line, marker) -> None:
-    "A line a class, the whole in black, a dot where F1 is best."
+    "A line per class, the whole in black, a dot where F1 is best."
     classes = sorted((n for n in curves if n != ALL and curves[n].objects), key=lambda n: -curves[n].objects)
     named = classes if len(classes) > 1 else []
     for i, name in reversed(list(enumerate(named))):

@@ -16,13 +16,13 @@ import numpy as np
 from ..base.annotations import Annotations
 from ..base.core import InputError
 from ..base.detections import Detections
-from .coco_metrics import IOU_THRESHOLDS, RIGHT, WRONG, accumulate, judge
-from .matching import Pairs, check_pair, find_pairs, turns
+from .coco_metrics import IOU_THRESHOLDS, RIGHT, WRONG, accumulate, label_tp_fp
+from .matching import Pairs, check_pair, iou_pairs, turns
 from .operating_point import match_detections
 
 # %% ../../nbs/50_evaluate/03_slices.ipynb #5c36d533
 def slice_row(
-    pairs: Pairs,  # From `find_pairs` at IoU .5
+    pairs: Pairs,  # From `iou_pairs` at IoU .5
     detections: Detections,
     annotations: Annotations,
     threshold: float,  # Score from which detections count for F1
@@ -30,7 +30,7 @@ def slice_row(
     max_dets: int = 100,  # Detections that count, for each class in each image
 ) -> dict[str, Any]:  # objects, AP, AP50, F1, precision, recall, TP, FP, FN; -1 with nothing to measure
     "The numbers of a part."
-    verdict, counts = judge(pairs, detections, annotations, areas)
+    verdict, counts = label_tp_fp(pairs, detections, annotations, areas)
     return _row(verdict, counts, _in_order(detections, max_dets), detections, annotations, threshold)
 
 
@@ -52,8 +52,8 @@ def _row(
     known = precision[:, :, objects > 0]
     row = {"objects": int(objects.sum())}
     row |= {"AP": float(known.mean()), "AP50": float(known[0].mean())} if known.size else {"AP": -1.0, "AP50": -1.0}
-    said = verdict[0, order][detections.scores[order] >= np.float32(threshold)]
-    tp, fp = int((said == RIGHT).sum()), int((said == WRONG).sum())
+    predicted = verdict[0, order][detections.scores[order] >= np.float32(threshold)]
+    tp, fp = int((predicted == RIGHT).sum()), int((predicted == WRONG).sum())
     if not row["objects"]:
         return row | {"F1": -1.0, "precision": -1.0, "recall": -1.0, "TP": tp, "FP": fp, "FN": 0}
     rates = {"F1": 2 * tp / (tp + fp + row["objects"]), "precision": tp / max(tp + fp, 1)}
@@ -89,7 +89,7 @@ def _choices(annotations: Annotations) -> dict[str, dict[str, np.ndarray]]:
     names, counts = np.unique([word for row in words for word in row] or [""], return_counts=True)
     names = [str(name) for name in names[np.argsort(-counts, kind="stable")][:MOST_TAGS] if name]
     tags = {name: np.array([name in row for row in words], bool) for name in names}
-    return {"tag": tags, "objects an image": crowds}
+    return {"tag": tags, "objects per image": crowds}
 
 
 def slice_metrics(
@@ -97,11 +97,13 @@ def slice_metrics(
     annotations: Annotations,
     threshold: float,  # Score from which detections count for F1
     max_dets: int = 100,  # Detections that count, for each class in each image
-) -> dict[str, dict[str, dict]]:  # "size", "tag", "objects an image": slice by name, its `slice_row` and `images`
+) -> dict[str, dict[str, dict]]:  # "size", "tag", "objects per image": slice by name, its `slice_row` and `images`
     "The numbers of every slice."
     check_pair(detections, annotations)
-    pairs, rows = find_pairs(detections, annotations, IOU_THRESHOLDS[0], max_dets), {"size": {}}
-    verdict, counts = judge(pairs, detections, annotations)  # images do not know of each other: once for all of them
+    pairs, rows = iou_pairs(detections, annotations, IOU_THRESHOLDS[0], max_dets), {"size": {}}
+    verdict, counts = label_tp_fp(
+        pairs, detections, annotations
+    )  # images do not know of each other: once for all of them
     order = _in_order(detections, max_dets)
     for name, areas in BUCKETS.items():
         row = slice_row(pairs, detections, annotations, threshold, areas, max_dets)

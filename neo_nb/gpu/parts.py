@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..deploy.benchmark import alternate, inference, pair, peak_memory, training
+from ..deploy.benchmark import inference, interleave, matched_pair, peak_memory, training
 
 # %% ../../nbs/85_gpu/00_parts.ipynb #e28630eb
 @dataclass
@@ -74,11 +74,11 @@ def machine(bench: Bench) -> None:
     for name, dtype in DTYPES.items():
         with tf32(name != "fp32"):
             a, b = (torch.randn(side, side, device=bench.device, dtype=dtype) for _ in range(2))
-            seconds = float(np.median(alternate({"product": lambda a=a, b=b: a @ b}, 10)["product"]))
+            seconds = float(np.median(interleave({"product": lambda a=a, b=b: a @ b}, 10)["product"]))
         bench.kept[name] = 2 * side**3 / seconds
         bench.say(precision=name, matrix_tflops=bench.kept[name] / 1e12)
     x = torch.empty(side * side, device=bench.device)
-    seconds = float(np.median(alternate({"copy": x.clone}, 10)["copy"]))
+    seconds = float(np.median(interleave({"copy": x.clone}, 10)["copy"]))
     bench.say(copy_gb_per_s=2 * x.nbytes / seconds / 1e9)
 
 
@@ -99,7 +99,7 @@ def tf32(on: bool) -> Iterator[None]:
 def same(bench: Bench) -> None:
     "Largest difference between CPU and card on the same weights, with TF32 off and on."
     for name in dict.fromkeys((*bench.models, *["rtdetrv2_hgnetv2_l"] * bench.cuda)):
-        model = pair(name)[0]
+        model = matched_pair(name)[0]
         images = torch.rand(1, 3, *bench.sizes[0])
         with torch.inference_mode():
             here = model(images).decoder
@@ -119,7 +119,7 @@ def step(bench: Bench) -> None:
         given = {"name": name, "size": size, "batch": batch, "objects": 40, "frozen": True, "device": bench.device}
         calls = training(**given, precision="bf16")
         work = {who: operations(call) for who, call in calls.items()}
-        times = alternate(calls, max(3, bench.rounds // 8))
+        times = interleave(calls, max(3, bench.rounds // 8))
         for who, seconds in times.items():
             middle = float(np.median(seconds))
             found = {"model": name, "size": size, "batch": batch, "who": who, "images_per_s": batch / middle}
@@ -149,7 +149,7 @@ def compiled_step(bench: Bench) -> None:
     )
     calls["ours"]()
     warm = time.perf_counter() - begin
-    middle = float(np.median(alternate(calls, max(3, bench.rounds // 8))["ours"]))
+    middle = float(np.median(interleave(calls, max(3, bench.rounds // 8))["ours"]))
     found = {"model": bench.models[1], "size": bench.sizes[-1], "batch": bench.batches[0], "who": "ours, compiled"}
     bench.say(**found, images_per_s=bench.batches[0] / middle, ms=middle * 1000, first_s=warm)
 
@@ -215,7 +215,7 @@ def _timed(bench: Bench, at: dict[str, Any], calls: dict[str, Callable], graphs:
     for who in graphs if bench.cuda else ():
         call = graphed(bench, ready.get(who), at | {"who": f"{who}, CUDA graph"})
         ready |= {f"{who}, CUDA graph": call} if call else {}
-    for who, seconds in alternate(ready, bench.rounds, warmup=5).items():
+    for who, seconds in interleave(ready, bench.rounds, warmup=5).items():
         low, high, most = np.percentile(seconds, [50, 90, 99]) * 1000
         bench.say(**at, who=who, p50_ms=low, p90_ms=high, p99_ms=most)
 

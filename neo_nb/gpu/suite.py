@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from ..base.core import InputError, atomic_write, pick, workspace_root
+from ..base.core import InputError, atomic_write, check_choice, workspace_root
 from . import parts as parts
 from . import trials as trials
 
@@ -162,7 +162,7 @@ def run(
     "Run the parts within the time. Raises `InputError` when there is no GPU and it is no rehearsal."
     if not rehearse and not torch.cuda.is_available():
         raise InputError("no GPU was found", remedy="--rehearse runs everything at small sizes on a CPU")
-    chosen = [pick(name, PARTS, "part") for name in only] or list(PARTS)
+    chosen = [check_choice(name, PARTS, "part") for name in only] or list(PARTS)
     command = f"bash .gpu/run.sh FOLDER {seconds:g}" + (f" --only {','.join(only)}" if only else "")
     command = f"python -m neo_nb.gpu.suite FOLDER --rehearse --seconds {seconds:g}" if rehearse else command
     findings, end = Findings(folder, command), time.monotonic() + seconds

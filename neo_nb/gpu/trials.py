@@ -27,7 +27,7 @@ from ..base.core import InputError
 from ..base.detections import Detections, concat
 from ..data.batch import Batch
 from ..data.loader import make_loader
-from ..deploy.benchmark import alternate, training
+from ..deploy.benchmark import interleave, training
 from ..evaluate.operating_point import evaluate
 from .parts import DTYPES, Bench, free, tf32
 from ..models.weights import load_model
@@ -127,8 +127,8 @@ def precision(bench: Bench) -> None:
     model.to(bench.device)
     for name in DTYPES:
         with tf32(False):
-            said = detect(bench, model, data[1], name)
-        found = {"AP": evaluate(said, data[1])["AP"]} | agreement(reference, said)
+            predicted = detect(bench, model, data[1], name)
+        found = {"AP": evaluate(predicted, data[1])["AP"]} | agreement(reference, predicted)
         bench.say(where=bench.device, precision=name, **found)
 
 # %% ../../nbs/85_gpu/01_trials.ipynb #6743231d
@@ -212,7 +212,7 @@ def loading(bench: Bench) -> None:
     table, _ = scenes(bench, "large")
     batch = bench.batches[-1]
     call = training(bench.models[0], size, batch, objects=20, device=bench.device, only="ours", precision="bf16")
-    middle = float(np.median(alternate(call, max(3, bench.rounds // 8))["ours"]))
+    middle = float(np.median(interleave(call, max(3, bench.rounds // 8))["ours"]))
     loader = make_loader(
         table,
         size=bench.large[1],

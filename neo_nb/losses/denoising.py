@@ -30,19 +30,19 @@ class Denoising:
 
 
 def num_asked(
-    targets: tuple[Targets, ...],  # One an image
-    num_denoising: int,  # Positives an image at most
+    targets: tuple[Targets, ...],  # One per image
+    num_denoising: int,  # Positives per image at most
 ) -> int:  # However the images are batched
-    "About how many objects a group of denoising queries asks."
+    "About how many objects per group of denoising queries asks."
     return sum(min(len(target), num_denoising) for target in targets)
 
 # %% ../../nbs/30_losses/02_denoising.ipynb #c3af4064
 @torch.no_grad()
 def make_denoising(
-    targets: tuple[Targets, ...],  # One an image
+    targets: tuple[Targets, ...],  # One per image
     num_classes: int,
     layers: int,  # Decoder layers that answer
-    num_denoising: int = 100,  # Positives an image at most
+    num_denoising: int = 100,  # Positives per image at most
     label_noise: float = 0.5,  # Half of it is the share of labels drawn anew
     box_noise: float = 1.0,  # Noise as a share of half the box's size
 ) -> Denoising | None:  # None when no image has an object
@@ -79,7 +79,7 @@ def _noisy_labels(labels: Tensor, num_classes: int, noise: float) -> Tensor:
 
 
 def _noisy_boxes(boxes: Tensor, groups: int, noise: float) -> Tensor:
-    "Corners moved by 0..1 of half the size for positives, by 1..2 for negatives, cut to the picture."
+    "Corners moved by 0..1 of half the size for positives, by 1..2 for negatives, cut to the image."
     most = boxes.shape[1]
     corners = cxcywh_to_xyxy(boxes).repeat(1, 2 * groups, 1)
     half = (boxes[..., 2:] / 2).repeat(1, 2 * groups, 2)

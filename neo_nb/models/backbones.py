@@ -1,4 +1,4 @@
-"""From a picture to feature maps of stride 8, 16 and 32; freezing that holds
+"""From an image to feature maps of stride 8, 16 and 32; freezing that holds
 
 `make_backbone` gives a module that turns (b, 3, h, w) into feature maps: RT-DETR's ResNet-vd and HGNetv2 families, or any timm model."""
 
@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['RESNETS', 'BasicBlock', 'Bottleneck', 'make_shortcut', 'ResNetVd', 'TimmBackbone', 'freeze', 'freeze_norms',
-           'make_backbone', 'hold']
+           'make_backbone', 'freeze_temporarily']
 
 # %% ../../nbs/40_models/04_backbones.ipynb #ccf2bec4
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..base.core import InputError, nearest
+from ..base.core import InputError, suggest
 from .hgnet import HGNETS, HGNetV2
 from .layers import ConvNorm, checkpointed
 
@@ -61,7 +61,7 @@ def make_shortcut(inputs: int, outputs: int, stride: int, first: bool) -> nn.Mod
 
 # %% ../../nbs/40_models/04_backbones.ipynb #c7d9cb9d
 class ResNetVd(nn.Module):
-    "Stem and four stages; returns the last maps of the stages asked for."
+    "Stem and four stages; returns the last maps of the stages requested."
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class TimmBackbone(nn.Module):
         import timm
 
         if not timm.is_model(name):
-            raise InputError(f"no such timm model: {name!r}", remedy=nearest(name, timm.list_models()))
+            raise InputError(f"no such timm model: {name!r}", remedy=suggest(name, timm.list_models()))
         try:
             reductions = timm.create_model(name, features_only=True).feature_info.reduction()
             chosen = [max(i for i, r in enumerate(reductions) if r == s) for s in strides]
@@ -169,13 +169,13 @@ def make_backbone(
         for part in [backbone.stem, *backbone.stages][: freeze_at + 1]:
             freeze(part)
     else:
-        raise InputError(f"no such backbone: {name!r}", remedy=f"{nearest(name, known)}, or timm/NAME")
+        raise InputError(f"no such backbone: {name!r}", remedy=f"{suggest(name, known)}, or timm/NAME")
     if freeze_bn:
         freeze_norms(backbone)
     return backbone
 
 # %% ../../nbs/40_models/04_backbones.ipynb #1f77bd09
-def hold(module: nn.Module) -> Callable[[], None]:  # Lets it go again
+def freeze_temporarily(module: nn.Module) -> Callable[[], None]:  # Lets it go again
     "Take a module out of training until the function that is returned is called."
     moving, own = [p for p in module.parameters() if p.requires_grad], module.__dict__.get("train")
     freeze(module)

@@ -20,7 +20,7 @@ from .layers import ConvNorm, checkpointed
 
 # %% ../../nbs/40_models/02_hgnet.ipynb #cd9e8d77
 class HgStem(nn.Module):
-    "From the picture to stride 4."
+    "From the image to stride 4."
 
     def __init__(self, inner: int, outputs: int):
         super().__init__()
@@ -101,7 +101,7 @@ class HgStage(nn.Module):
 
 # %% ../../nbs/40_models/02_hgnet.ipynb #32b1e9da
 class HGNetV2(nn.Module):
-    "Stem and four stages; returns the last maps of the strides asked for."
+    "Stem and four stages; returns the last maps of the strides requested."
 
     def __init__(
         self,

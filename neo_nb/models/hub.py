@@ -35,7 +35,7 @@ def class_table(record: dict) -> str:
 
 
 def input_table(record: dict) -> str:
-    "What a picture must look like."
+    "What an image must look like."
     contract, size = record["contract"], record["size"]
     rows = {
         "size (height, width)": f"{size[0]} x {size[1]}" if size else "not recorded",
@@ -105,7 +105,9 @@ def model_card(
 
 
 def _body(record: dict, name: str, licence: str | None) -> str:
-    said = f"The owner says: {licence}." if licence else "Not stated. Its owner says it by `license:` in the header."
+    message = (
+        f"The owner says: {licence}." if licence else "Not stated. Its owner says it by `license:` in the header."
+    )
     data, mark = record.get("data") or "not recorded", record.get("fingerprint")
     parts = {
         "How to load it": f"```python\nfrom neo_nb.models import from_pretrained\n\n"
@@ -115,7 +117,7 @@ def _body(record: dict, name: str, licence: str | None) -> str:
         "Data": f"Trained on {_cell(data)}"
         + (f", fingerprint `{_cell(mark)}`." if mark else ", without a fingerprint."),
         "Metrics": metrics_table(record),
-        "Licence": said,
+        "Licence": message,
     }
     title = f"# {name.rstrip('/').split('/')[-1]}\n\nAn object detector, `{record['model']}`, "
     title += f"{len(record['class_names'])} classes, {record['config']['num_queries']} queries."
@@ -191,9 +193,9 @@ def from_pretrained(
         raise InputError(f"a folder has no revision {revision!r}", folder, "leave it out, or name a repository")
     if not is_ours(folder):
         return load_model(folder, class_names, device)
-    said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    message = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     record = read_record(folder / WEIGHTS)
-    differs = sorted(k for k in (said.keys() | record.keys()) - {"library"} if said.get(k) != record.get(k))
+    differs = sorted(k for k in (message.keys() | record.keys()) - {"library"} if message.get(k) != record.get(k))
     if differs:
         what = f"says something else than the weights about {', '.join(differs)}"
         raise InputError(what, folder / CONFIG, "load the .safetensors with load_model, or save the model again")

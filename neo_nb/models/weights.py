@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'CLASS_HEADS', 'Classes', 'model_record', 'save_weights', 'read_contract', 'read_record', 'load_model',
-           'is_foreign', 'load_strictly', 'WeightsReport', 'is_placeholder', 'match_classes', 'load_weights']
+           'is_external', 'load_strictly', 'WeightsReport', 'is_placeholder', 'match_classes', 'load_weights']
 
 # %% ../../nbs/40_models/22_weights.ipynb #812051be
 import json
@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..base.core import InputError, atomic_write, pick
+from ..base.core import InputError, atomic_write, check_choice
 from ..base.geometry import Resize
-from .convert import infer_config, read_foreign
-from .rtdetr.model import RTDETR, InputContract, RTDETRConfig
+from .convert import infer_config, read_external
+from .rtdetr.model import RTDETR, Preprocessing, RTDETRConfig
 from .zoo import VARIANTS, create_model
 
 # %% ../../nbs/40_models/22_weights.ipynb #f7fb777b
@@ -66,23 +66,23 @@ def save_weights(
 def read_contract(
     record: dict,  # As in `model_record`
     where: str | Path | None = None,  # The file, for the message
-    default: InputContract | None = None,  # For fields that the record, being older, does not have
-) -> InputContract:
+    default: Preprocessing | None = None,  # For fields that the record, being older, does not have
+) -> Preprocessing:
     "The input contract in a record, all of it. Raises `InputError` for what this version cannot keep."
     saved = dict(record.get("contract") or {})
     colour = saved.pop("color", "rgb")  # a field of older records
     if colour != "rgb":
         remedy = "turn the input channels of the first convolution, or the images, round and save it as rgb"
         raise InputError(f"made for images in the order {colour!r}; here they are rgb", where, remedy)
-    saved = _known(InputContract, saved, "the input contract", where)
-    default = default or InputContract()
+    saved = _known(Preprocessing, saved, "the input contract", where)
+    default = default or Preprocessing()
     for key, value in saved.items():
         if type(value) is not type(getattr(default, key)):
             raise InputError(
                 f"the input contract has {key} = {value!r}", where, "correct the record, or save it again"
             )
     contract = replace(default, **saved)
-    pick(contract.resize, get_args(Resize), "resize")
+    check_choice(contract.resize, get_args(Resize), "resize")
     coarsest = max(record["config"].get("strides") or RTDETRConfig().strides)
     if contract.divisor < 1 or contract.divisor % coarsest:
         what = f"the input contract pads to multiples of {contract.divisor}, its coarsest level has stride {coarsest}"
@@ -138,8 +138,8 @@ def load_model(
 ) -> tuple[RTDETR, dict]:  # The detector in evaluation mode, and its record
     "Build the detector that a file describes and load its weights, every one of them."
     path = _inside(path)
-    if is_foreign(path):
-        return _load_foreign(path, class_names, device)
+    if is_external(path):
+        return _load_external(path, class_names, device)
     record, tensors = _read(path, tensors=True)
     if class_names is not None and list(class_names) != record["class_names"]:
         what = f"trained for the classes {record['class_names']}, not for {list(class_names)}"
@@ -163,11 +163,11 @@ def _inside(path: str | Path) -> Path:
     "The file of weights in a folder of ours, the best ones of a run; anything else as it is."
     names = ("model.safetensors", "weights/best.safetensors", "weights/last.safetensors")
     inner = (Path(path) / name for name in names)
-    return next((file for file in inner if file.is_file() and not is_foreign(file)), Path(path))
+    return next((file for file in inner if file.is_file() and not is_external(file)), Path(path))
 
 
-def is_foreign(path: str | Path) -> bool:
-    "Whether it is for `read_foreign`: a folder, a .pth, a file without our record, or a name on the hub."
+def is_external(path: str | Path) -> bool:
+    "Whether it is for `read_external`: a folder, a .pth, a file without our record, or a name on the hub."
     path = Path(path)
     if not path.is_file():
         return path.is_dir() or (not path.suffix == ".safetensors" and not path.is_absolute() and "/" in str(path))
@@ -180,9 +180,9 @@ def is_foreign(path: str | Path) -> bool:
         return False
 
 
-def _load_foreign(path: str | Path, class_names: Sequence[str] | None, device) -> tuple[RTDETR, dict]:
+def _load_external(path: str | Path, class_names: Sequence[str] | None, device) -> tuple[RTDETR, dict]:
     "A published checkpoint as a detector; at 640x640, where they were all trained."
-    tensors, names, config = read_foreign(path)
+    tensors, names, config = read_external(path)
     config = infer_config(tensors, config)
     known = [name for name, row in VARIANTS.items() if row.backbone == config.backbone and row.blocks == config.blocks]
     unnamed = names is None and class_names is None  # a .pth does not say what its classes are
@@ -293,8 +293,8 @@ def _no_match(names: Sequence[str], theirs: Sequence[str] | None, count: int, na
         return ", ".join(words[:5]) + ", …" * (len(words) > 5)
 
     fit, rest = [n for i, n in enumerate(names) if i in named], [n for i, n in enumerate(names) if i not in named]
-    said = f"without names ({count} of them)" if theirs is None else f"{some(theirs)} ({count})"
-    what = f"its classes are {said}, the model's {some(names)} ({len(names)}): "
+    message = f"without names ({count} of them)" if theirs is None else f"{some(theirs)} ({count})"
+    what = f"its classes are {message}, the model's {some(names)} ({len(names)}): "
     what += f"{len(fit)} fit by name ({some(fit)}), {len(rest)} do not ({some(rest)})" if fit else "none fits by name"
     choices = [f"--classes by-name ({len(rest)} begin fresh)"] * bool(fit)
     choices += ["--classes by-position"] * (count == len(names)) + ["--classes fresh (all begin fresh)"]
@@ -304,7 +304,7 @@ def _no_match(names: Sequence[str], theirs: Sequence[str] | None, count: int, na
 @torch.no_grad()
 def load_weights(
     model: RTDETR,  # Changed in place
-    path: str | Path,  # A run's folder, a file of `save_weights`, or anything that `read_foreign` opens
+    path: str | Path,  # A run's folder, a file of `save_weights`, or anything that `read_external` opens
     classes: Classes = "auto",  # Which class goes on from which; "auto" refuses to guess
 ) -> WeightsReport:
     "Take over the weights that fit; raises `InputError` when not one does, or when classes would have to be guessed."
@@ -333,18 +333,18 @@ def load_weights(
     return WeightsReport(str(path), placed, *found, words, fresh, adopted)
 
 # %% ../../nbs/40_models/22_weights.ipynb #d2e13878
-def _source(path: Path, model: RTDETR) -> tuple[dict[str, Tensor], list[str] | None, RTDETRConfig, InputContract]:
+def _source(path: Path, model: RTDETR) -> tuple[dict[str, Tensor], list[str] | None, RTDETRConfig, Preprocessing]:
     "Tensors, class names, configuration and input contract of what a model starts from."
-    if not is_foreign(path):
+    if not is_external(path):
         record, tensors = _read(path, tensors=True)
         return tensors, record["class_names"], _config(record, path), read_contract(record, path, model.contract)
-    tensors, names, config = read_foreign(path)
+    tensors, names, config = read_external(path)
     if names is not None and len(names) != _classes(tensors):
         raise InputError(f"names {len(names)} classes and has {_classes(tensors)}", path, "correct its id2label")
     return tensors, names, infer_config(tensors, config), model.contract
 
 
-def _adopt(model: RTDETR, contract: InputContract) -> str:
+def _adopt(model: RTDETR, contract: Preprocessing) -> str:
     "What the weights are used to becomes the model's, besides its divisor; said in words where it was something else."
     contract = replace(contract, divisor=model.contract.divisor)
     old, new = asdict(model.contract), asdict(contract)

@@ -11,7 +11,7 @@ __all__ = ['VARIANTS', 'list_models', 'create_model']
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from ..base.core import InputError, pick
+from ..base.core import InputError, check_choice
 from .rtdetr.model import RTDETR, RTDETRConfig
 
 # %% ../../nbs/40_models/20_zoo.ipynb #a6b54ee0
@@ -62,9 +62,9 @@ def create_model(
     **overrides: object,  # Fields of the variant's configuration, such as num_queries=100
 ) -> RTDETR:
     "A detector with fresh weights. Raises `InputError` for unknown names."
-    config = VARIANTS[pick(name, VARIANTS, "model")]
+    config = VARIANTS[check_choice(name, VARIANTS, "model")]
     for key in overrides:
-        pick(key, [f.name for f in fields(config)], f"setting of {name}")
+        check_choice(key, [f.name for f in fields(config)], f"setting of {name}")
     if num_classes is None and class_names is None:
         raise InputError(f"{name} needs num_classes or class_names")
     num_classes = len(class_names) if num_classes is None else num_classes

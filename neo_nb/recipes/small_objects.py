@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..base.core import InputError, atomic_write, pick
+from ..base.core import InputError, atomic_write, check_choice
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +36,7 @@ class Step:
 
 
 _ROWS = (
-    Step("baseline", "the whole picture"),
+    Step("baseline", "the whole image"),
     Step("longer", "the same for as long again", "baseline", "baseline"),
     Step("larger", "an input of twice the size", "baseline", "longer", zoom=2.0),
     Step("tiles", "tiles at full resolution", "baseline", "longer", tiled=True),
@@ -51,9 +51,9 @@ STEPS: dict[str, Step] = {step.name: step for step in _ROWS}
 def choose_steps(
     names: Sequence[str] = (),  # Names of STEPS; all of them when empty
 ) -> list[Step]:  # In the order of the recipe
-    "The steps asked for; a step without the one it starts from is refused."
+    "The steps requested; a step without the one it starts from is refused."
     for name in names:
-        after = STEPS[pick(name, STEPS, "step")].after
+        after = STEPS[check_choice(name, STEPS, "step")].after
         if after and after not in names:
             raise InputError(f"the step {name} starts from {after}, which is left out", remedy=f"add {after}")
     return [step for step in _ROWS if step.name in names or not names]
@@ -66,9 +66,7 @@ class Recipe:
     data: str  # A data set with the splits train, val and the golden one
     size: tuple[int, int]  # (height, width) of the baseline's input
     minutes: float = 3.0  # Of each training: of the CPU's time on a CPU, of the clock on a GPU
-    tile: tuple[int, int] | None = (
-        None  # (height, width) of tiles in pixels of the pictures; None: the baseline's size
-    )
+    tile: tuple[int, int] | None = None  # (height, width) of tiles in pixels of the images; None: the baseline's size
     golden: str = "golden"  # The split that counts; nothing is chosen on it, and it is never mined
     settings: Mapping[str, Any] = field(default_factory=dict)  # Of `TrainConfig`, by name: model, device, …
 
@@ -97,8 +95,8 @@ def tiles_of(recipe: Recipe, split: str, folder: Path, more: bool = False) -> An
     from neo_nb.data.manifest import load_dataset
     from neo_nb.data.tiles import make_tiles
 
-    pictures = load_dataset(recipe.data, split)
-    table, _ = make_tiles(pictures, folder / f"tiles-{split}", recipe.tile_size, empty=LOOKED)
+    images = load_dataset(recipe.data, split)
+    table, _ = make_tiles(images, folder / f"tiles-{split}", recipe.tile_size, empty=LOOKED)
     if more:
         return table
     has = _with_object(table)
@@ -129,21 +127,21 @@ def swap_empty(
 # %% ../../nbs/80_recipes/02_small_objects.ipynb #5ae88160
 def mine_tiles(
     recipe: Recipe,
-    detector: Any,  # The artifact that looks at a tile
+    detector: Any,  # The detector that looks at a tile
     threshold: float,  # Score from which an error is confident
     folder: Path,
 ) -> tuple[Any, dict[str, int]]:  # Annotations: what to train on; what was found
     "The training tiles, with those of confident errors in the place of easy ones."
     import numpy as np
 
-    from neo_nb.data.tiles import whole_of
-    from neo_nb.recipes.mine_round import Ground, choose_from, gather
+    from neo_nb.data.tiles import parse_tile_id
+    from neo_nb.recipes.mine_round import MiningPool, choose_from, gather
 
-    pictures, table = gather(recipe.data, "train"), tiles_of(recipe, "train", folder, more=True)
-    row = {str(name): i for i, name in enumerate(pictures.table.image_ids.tolist())}
-    of = np.array([row[whole_of(str(tile))[0]] for tile in table.image_ids])
-    refused = {reason: mask[of] for reason, mask in pictures.refused.items()}
-    ground = Ground(table, len(table), refused, pictures.always[of], {"tiles": len(table)})
+    images, table = gather(recipe.data, "train"), tiles_of(recipe, "train", folder, more=True)
+    row = {str(name): i for i, name in enumerate(images.table.image_ids.tolist())}
+    of = np.array([row[parse_tile_id(str(tile))[0]] for tile in table.image_ids])
+    refused = {reason: mask[of] for reason, mask in images.refused.items()}
+    ground = MiningPool(table, len(table), refused, images.always[of], {"tiles": len(table)})
     _, chosen = choose_from(detector, ground, threshold, progress=False)
     has, before = _with_object(table), np.isin(table.image_ids, tiles_of(recipe, "train", folder).image_ids)
     weights = swap_empty(chosen.weights, has, before & ~has)
@@ -160,7 +158,7 @@ TIMED = 8  # Updates of each kind; the first two warm up
 
 def _kind(step: Step) -> str:
     "What decides how long an update takes."
-    return f"{'tiles' if step.tiled else 'pictures'} x{step.zoom:g}"
+    return f"{'tiles' if step.tiled else 'images'} x{step.zoom:g}"
 
 
 def _updates(config: Any, table: Any) -> Iterator[float]:
@@ -182,7 +180,7 @@ def paces(
     recipe: Recipe,
     steps: Sequence[Step],
     folder: str | Path,  # Of all steps; what was measured there is read
-) -> dict[str, float]:  # Seconds an update, by kind of training
+) -> dict[str, float]:  # Seconds per update, by kind of training
     "How long an update takes, of every kind of training side by side."
     import numpy as np
 
@@ -215,12 +213,12 @@ def plan(
     config: Any,  # TrainConfig
     table: Any,  # Annotations: what is trained on
     minutes: float,
-    pace: float,  # Seconds an update
+    pace: float,  # Seconds per update
 ) -> tuple[Any, int]:  # Annotations, an epoch of which is a fifth of the time; updates in all
     "What is trained on, with weights that make an epoch as long as there is time for."
     updates = max(1, round(minutes * 60 / pace / EVALUATIONS))
-    pictures = updates * config.batch_size * config.accumulation
-    scaled = table.weights * (pictures / table.weights.sum(dtype=float))
+    images = updates * config.batch_size * config.accumulation
+    scaled = table.weights * (images / table.weights.sum(dtype=float))
     return replace(table, weights=scaled), updates * EVALUATIONS
 
 # %% ../../nbs/80_recipes/02_small_objects.ipynb #11631981
@@ -228,17 +226,17 @@ def detector_of(
     recipe: Recipe,
     step: Step,
     trained: Path,  # The step's folder
-) -> Any:  # Artifact
+) -> Any:  # Detector
     "What a step releases: its best weights, in tiles where it is tiled."
-    from neo_nb.deploy.detector import load_artifact
+    from neo_nb.deploy.detector import load_detector
 
     on = {"device": recipe.settings.get("device", "cpu"), "precision": recipe.settings.get("precision", "fp32")}
-    inner = load_artifact(trained, **on)
+    inner = load_detector(trained, **on)
     if not step.tiled:
         return inner
-    from neo_nb.deploy.tiled import SlicedArtifact
+    from neo_nb.deploy.tiled import TiledDetector
 
-    return SlicedArtifact(inner, recipe.tile_size, whole=False)
+    return TiledDetector(inner, recipe.tile_size, whole=False)
 
 
 def measure(
@@ -247,10 +245,10 @@ def measure(
     threshold: float,  # Score from which detections count
 ) -> dict[str, Any]:  # F1, precision, recall, AP, AP50, AP by size, FP, FP where there are look-alikes
     "The numbers of the table."
-    from neo_nb.evaluate.matching import find_pairs
+    from neo_nb.evaluate.matching import iou_pairs
     from neo_nb.evaluate.slices import slice_metrics, slice_row
 
-    row = slice_row(find_pairs(detections, table, 0.5, 100), detections, table, threshold)
+    row = slice_row(iou_pairs(detections, table, 0.5, 100), detections, table, threshold)
     slices = slice_metrics(detections, table, threshold)
     sizes = {f"AP {name}": part["AP"] for name, part in slices["size"].items()}
     alike = slices["tag"].get("look_alike", {}).get("FP", -1)
@@ -263,7 +261,7 @@ def run_step(
     step: Step,
     seed: int,
     folder: str | Path,  # Of all steps
-) -> dict[str, Any]:  # step, seed, the numbers of `measure`, threshold, updates, minutes, pictures
+) -> dict[str, Any]:  # step, seed, the numbers of `measure`, threshold, updates, minutes, images
     "Train a step and measure it on the golden set; one that is done is read."
     from neo_nb.train.trainer import train
 
@@ -283,7 +281,7 @@ def run_step(
     if trained["interrupted"]:
         raise SystemExit("stopped; the steps that are done are kept")
     row = {"step": step.name, "seed": seed} | _judge(recipe, step, own) | {"updates": updates}
-    row |= {"minutes": trained["minutes"], "pictures": len(table)}
+    row |= {"minutes": trained["minutes"], "images": len(table)}
     with atomic_write(own / "step.json") as path:
         path.write_text(json.dumps({"asked": asked, "row": row, "mined": found}, indent=1) + "\n", encoding="utf-8")
     return row
@@ -325,20 +323,20 @@ def step_latency(
     seed: int,
     folder: str | Path,  # Of all steps
     rounds: int = 20,  # Times that each is called
-) -> "pd.DataFrame":  # A row a step: p50 and p99 in milliseconds
-    "Latency of each step's detector on one of the largest pictures."
+) -> "pd.DataFrame":  # A row per step: p50 and p99 in milliseconds
+    "Latency of each step's detector on one of the largest images."
     from functools import partial
 
     import numpy as np
 
     from neo_nb.data.loader import read_image
     from neo_nb.data.manifest import load_dataset
-    from neo_nb.deploy.benchmark import alternate
+    from neo_nb.deploy.benchmark import interleave
 
     golden = load_dataset(recipe.data, recipe.golden)
     image = read_image(golden.of(int(golden.sizes.prod(1).argmax())).path)
     detectors = {s.name: detector_of(recipe, s, Path(folder) / f"{s.name}-{seed}") for s in steps}
-    times = alternate({name: partial(detector, [image]) for name, detector in detectors.items()}, rounds)
+    times = interleave({name: partial(detector, [image]) for name, detector in detectors.items()}, rounds)
     import pandas as pd
 
     rows = {name: np.percentile(seconds, (50, 99)) * 1000 for name, seconds in times.items()}

@@ -22,9 +22,9 @@ _COLUMNS = ("F1", "precision", "recall", "AP50", "AP", "AP tiny", "AP small", "A
 
 
 def steps_table(
-    rows: "pd.DataFrame",  # From `run_step`, a row a step and seed
+    rows: "pd.DataFrame",  # From `run_step`, a row per step and seed
     latency: "pd.DataFrame | None" = None,  # From `step_latency`
-) -> "pd.DataFrame":  # A row a step
+) -> "pd.DataFrame":  # A row per step
     "Numbers by step."
     groups = rows.groupby("step", sort=False)
     names = [name for name in (*_COLUMNS, "FP", "FP look-alikes") if name in rows]
@@ -37,7 +37,7 @@ def steps_table(
 
 def verdicts(
     rows: "pd.DataFrame",  # From `run_step`
-) -> list[str]:  # A line a step that can be judged
+) -> list[str]:  # A line per step that can be judged
     "What each step brought, held against the step that had the same start and the same time."
     scores, lines = rows.pivot(index="seed", columns="step", values="F1"), []
     areas = rows.pivot(index="seed", columns="step", values="AP50")
@@ -75,7 +75,7 @@ def plot_steps(
     places = np.arange(len(names))
     axes[0].bar(places, rows.groupby("step", sort=False).F1.mean(), color="#9ecae1", width=0.7)
     axes[0].plot([names.index(name) for name in rows.step], rows.F1, ".", color="#0b3c5d")
-    axes[0].set(title="F1, a dot a seed", ylim=(0, 1))
+    axes[0].set(title="F1, a dot per seed", ylim=(0, 1))
     sizes = [name for name in _COLUMNS if name.startswith("AP ") and name in rows]
     for name, colour in zip(sizes, ("#d55e00", "#0072b2", "#009e73", "#cc79a7")):
         known = rows[rows[name] >= 0].groupby("step", sort=False)[name].mean().reindex(names)
@@ -86,7 +86,7 @@ def plot_steps(
     if latency is not None:
         axes[2].bar(places, latency["p99 ms"].reindex(names), color="#dddddd", width=0.7, label="p99")
         axes[2].bar(places, latency["p50 ms"].reindex(names), color="#9ecae1", width=0.7, label="p50")
-        axes[2].set(title="ms a picture")
+        axes[2].set(title="ms per image")
         axes[2].legend(frameon=False, fontsize=7)
     for part in axes:
         part.set_xticks(places, names, rotation=30, ha="right", fontsize=8)
@@ -111,8 +111,8 @@ def write_steps(
     table = steps_table(rows, latency).reset_index()
     cells = [[f"{v:g}" if isinstance(v, float) else str(v) for v in row] for row in table.itertuples(index=False)]
     lines = ["| " + " | ".join(row) + " |" for row in ([*table.columns], ["---"] * len(table.columns), *cells)]
-    said = "\n".join(f"- {line}" for line in verdicts(rows))
-    text = f"# {title}\n\n{about}\n\n" + "\n".join(lines) + f"\n\n{said}\n\n![by step](logo.png)\n\n    {command}\n"
+    message = "\n".join(f"- {line}" for line in verdicts(rows))
+    text = f"# {title}\n\n{about}\n\n" + "\n".join(lines) + f"\n\n{message}\n\n![by step](logo.png)\n\n    {command}\n"
     with atomic_write(folder / "logo.md") as path:
         path.write_text(text, encoding="utf-8")
     return folder / "logo.md"

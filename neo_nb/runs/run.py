@@ -27,7 +27,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..base.core import InputError, atomic_write, nearest, raise_for_disk, settings, workspace_root
+from ..base.core import InputError, atomic_write, raise_for_disk, settings, suggest, workspace_root
 
 # %% ../../nbs/70_runs/02_run.ipynb #b2ff62e9
 def _number(name: str) -> int:
@@ -72,7 +72,7 @@ def open_run(
     runs = {p.name: p for p in sorted(reports.glob("[0-9]*-*")) if p.is_dir()}
     found = [p for key, p in runs.items() if key == name or (name.isdigit() and _number(key) == int(name))]
     if not found:
-        raise InputError(f"no such run: {name!r}", reports, nearest(name, list(runs)[-8:]))
+        raise InputError(f"no such run: {name!r}", reports, suggest(name, list(runs)[-8:]))
     return found[0]
 
 # %% ../../nbs/70_runs/02_run.ipynb #2907892f
@@ -186,7 +186,7 @@ def run_notebook(
     found = [folder / f"{name}.ipynb" for folder in folders if (folder / f"{name}.ipynb").is_file()]
     if not found:
         known = {p.stem for folder in folders for p in folder.glob("*.ipynb")}
-        raise InputError(f"no such run notebook: {name!r}", folders[0], nearest(str(name), known))
+        raise InputError(f"no such run notebook: {name!r}", folders[0], suggest(str(name), known))
     return found[0]
 
 
@@ -202,7 +202,7 @@ def check_parameters(
     known = list(papermill.inspect_notebook(notebook))
     for name in parameters:
         if name not in known:
-            raise InputError(f"no such parameter: {name!r}", notebook.name, nearest(name, known))
+            raise InputError(f"no such parameter: {name!r}", notebook.name, suggest(name, known))
     return {name: _plain(value) for name, value in parameters.items()}
 
 
@@ -335,7 +335,7 @@ def execute(
     new: bool = True,  # The folder is this run's own: bad input takes it away again
 ) -> Path:  # The executed notebook
     "Run a notebook into a run's folder; the table above says what is raised."
-    from neo_nb.runs.execution import Screen, Watch
+    from neo_nb.runs.execution import LiveOutput, RunMonitor
 
     notebook, run = run_notebook(notebook), Path(run).absolute()
     with _alone(run):
@@ -348,5 +348,5 @@ def execute(
                 record(run, command=notebook.stem, notebook=output.name, parameters=noted)
             else:
                 record(run, **{notebook.stem: noted})
-            _run(notebook.absolute(), output, given, Watch(Screen(sys.stderr if screen is None else screen)))
+            _run(notebook.absolute(), output, given, RunMonitor(LiveOutput(sys.stderr if screen is None else screen)))
     return output

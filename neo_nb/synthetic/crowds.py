@@ -21,7 +21,7 @@ from .cached_split import Drawing, drawn_split
 from .people import draw_figure, random_look
 
 # %% ../../nbs/10_synthetic/02_crowds.ipynb #c6d515a5
-VERSION = 1  # Raised when the same seed draws another picture
+VERSION = 1  # Raised when the same seed draws another image
 CLASSES = ("person", "head")
 
 
@@ -79,14 +79,14 @@ def _blocks(rng: np.random.Generator, image: np.ndarray, level: int) -> None:
 # %% ../../nbs/10_synthetic/02_crowds.ipynb #7b2d05c3
 @dataclass(frozen=True)
 class Figure:
-    "What a figure covered when it was painted, in pixels inside the picture."
+    "What a figure covered when it was painted, in pixels inside the image."
 
     body_pixels: int
     head_pixels: int
 
 
 def _paste(patch: np.ndarray, head: np.ndarray, corner: tuple[int, int], canvas: tuple, number: int) -> Figure:
-    "Blend a figure (RGB times alpha, alpha) into the picture and its number into the maps of bodies and heads."
+    "Blend a figure (RGB times alpha, alpha) into the image and its number into the maps of bodies and heads."
     image, bodies, heads = canvas
     (x, y), (h, w) = corner, patch.shape[:2]
     top, left, bottom, right = max(0, -y), max(0, -x), min(h, len(image) - y), min(w, image.shape[1] - x)
@@ -180,7 +180,7 @@ def make_scenes(
     num_images: int,
     size: tuple[int, int],  # (height, width)
     seed: int,  # Of the whole split
-    folder: str | Path,  # Where pictures and table go
+    folder: str | Path,  # Where images and table go
     name: str = "scenes",
     density: float = 1.0,
 ) -> Annotations:

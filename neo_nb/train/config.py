@@ -13,17 +13,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..base.core import InputError, nearest, pick
+from ..base.core import InputError, check_choice, suggest
 from ..base.devices import Precision
 
 # %% ../../nbs/60_train/00_config.ipynb #25719a1c
 class ModelSettings(BaseModel):
-    "What is trained, and on which pictures."
+    "What is trained, and on which images."
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     model: str = Field("rtdetr_nano", description="a name from list_models()")
     recipe: Literal["default", "plain", "deim"] = Field("default", description="how it is trained, by name")
-    num_queries: int | None = Field(None, ge=1, description="boxes an image at most; None: the model's own")
+    num_queries: int | None = Field(None, ge=1, description="boxes per image at most; None: the model's own")
     backbone: str | None = Field(None, description="another backbone, such as timm/convnext_tiny")
     pretrained: bool = Field(False, description="timm's weights for a timm backbone")
     freeze_norms: bool = Field(False, description="keep all batch norms fixed: for fine-tuning with tiny batches")
@@ -41,13 +41,13 @@ class ModelSettings(BaseModel):
     scales: tuple[float, ...] = Field((1.0,), description="multi-scale: factors on size, one drawn for each batch")
     policy: str = Field("mild", description="augmentation by name")
     plain_epochs: int = Field(0, ge=0, description="last epochs with flips alone: neither policy, mosaic nor mixup")
-    mosaic: float = Field(0.0, ge=0, le=1, description="share of pictures made of four, in the dense epochs")
-    mixup: float = Field(0.0, ge=0, le=1, description="share of pictures blended with another, in the dense epochs")
+    mosaic: float = Field(0.0, ge=0, le=1, description="share of images made of four, in the dense epochs")
+    mixup: float = Field(0.0, ge=0, le=1, description="share of images blended with another, in the dense epochs")
     dense: tuple[float, float] = Field(
         (0.0, 1.0), description="dense epochs: from and to which share of the run; flips alone before them"
     )
     workers: int = Field(0, ge=0, description="loader processes a training process")
-    cache: bool = Field(False, description="keep the scaled pictures in memory, if they fit")
+    cache: bool = Field(False, description="keep the scaled images in memory, if they fit")
 
     @field_validator("classes")
     @classmethod
@@ -67,10 +67,10 @@ class ModelSettings(BaseModel):
 class ScheduleSettings(ModelSettings):
     "How long and how fast."
 
-    epochs: int = Field(72, ge=1, description="evaluations and checkpoints: one an epoch")
-    repeat: int = Field(1, ge=1, description="passes over the data an epoch: several for small data sets")
-    batch_size: int = Field(4, ge=1, description="pictures a step and process")
-    accumulation: int = Field(1, ge=1, description="steps an update")
+    epochs: int = Field(72, ge=1, description="evaluations and checkpoints: one per epoch")
+    repeat: int = Field(1, ge=1, description="passes over the data per epoch: several for small data sets")
+    batch_size: int = Field(4, ge=1, description="images per step and process")
+    accumulation: int = Field(1, ge=1, description="steps per update")
     lr: float = Field(1e-4, gt=0, description="learning rate of all but the backbone")
     backbone_lr: float = Field(1e-5, ge=0, description="learning rate of the backbone")
     weight_decay: float = Field(1e-4, ge=0, description="of all but norms and biases")
@@ -123,22 +123,22 @@ _NANO: dict[str, Any] = {"epochs": 16, "repeat": 4, "lr": 8e-4, "backbone_lr": 8
 _NANO |= {"cache": True, "warmup": 0.03}
 
 # default: what this project trains with when nothing is said. Larger models: fine-tuning from published weights, the
-# rate in three steps, as in a 72-epoch training at 1080p. rtdetr_nano: a rate that falls all along, mild pictures.
+# rate in three steps, as in a 72-epoch training at 1080p. rtdetr_nano: a rate that falls all along, mild images.
 DEFAULT: dict[str, dict[str, Any]] = {
     "*": {"schedule": "multistep", "warmup": 5 / 72, "plain_epochs": 1},
     "rtdetr_nano": _NANO | {"schedule": "cosine", "gamma": 0.02, "policy": "mild", "plain_epochs": 3},
 }
 
 # plain: RT-DETRv2's own, for comparisons (arXiv 2407.17140 and its configurations): 72 epochs, 1e-4 and 1e-5 for the
-# backbone, constant after the warm-up, varifocal, strong pictures but for the last epoch. Their warm-up of 2,000
+# backbone, constant after the warm-up, varifocal, strong images but for the last epoch. Their warm-up of 2,000
 # updates and their average over 10,000 are shares of the run here.
 PLAIN: dict[str, dict[str, Any]] = {
     "*": {"schedule": "constant", "policy": "strong", "plain_epochs": 1},
     "rtdetr_nano": _NANO,
 }
 
-# deim: DEIM for RT-DETRv2-R18 (arXiv 2412.04234): half of all pictures mosaics and half blended from epoch 4 of 120
-# to 64, nothing but flips before, strong pictures after, flips alone in the last 3; matchability-aware loss; twice
+# deim: DEIM for RT-DETRv2-R18 (arXiv 2412.04234): half of all images mosaics and half blended from epoch 4 of 120
+# to 64, nothing but flips before, strong images after, flips alone in the last 3; matchability-aware loss; twice
 # the rate, the backbone at it, flat until epoch 64, then a cosine to half of it where the flips begin.
 DEIM: dict[str, dict[str, Any]] = {
     "*": {"loss": "mal", "mosaic": 0.5, "mixup": 0.5, "dense": (4 / 120, 64 / 120), "policy": "strong"}
@@ -151,16 +151,16 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {"default": DEFAULT, "plain": PL
 # %% ../../nbs/60_train/00_config.ipynb #d227d49f
 def make_config(
     target: Mapping[str, Any] | None = None,  # Settings of the machine: precision, batch_size, accumulation, …
-    **flags: Any,  # What was asked for; None means: not asked for
+    **flags: Any,  # What was requested; None means: not requested
 ) -> TrainConfig:
     "Defaults, then the recipe, then its part for the model, then the machine, then the flags: the later one counts."
     flags = {key: value for key, value in flags.items() if value is not None}
     unknown = [key for key in flags if key not in TrainConfig.model_fields]
     if unknown:
-        raise InputError(f"no such setting: {unknown[0]!r}", remedy=nearest(unknown[0], TrainConfig.model_fields))
+        raise InputError(f"no such setting: {unknown[0]!r}", remedy=suggest(unknown[0], TrainConfig.model_fields))
     asked = dict(target or {}) | flags
     name, model = (asked.get(key, TrainConfig.model_fields[key].default) for key in ("recipe", "model"))
-    recipe = RECIPES[pick(name, RECIPES, "recipe")]
+    recipe = RECIPES[check_choice(name, RECIPES, "recipe")]
     layers = recipe["*"] | recipe.get(model, {}) | asked
     try:
         return TrainConfig(**layers)

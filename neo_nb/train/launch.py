@@ -47,19 +47,19 @@ def count_processes(
     if wanted > 1 and ":" in device:
         raise InputError(f"{wanted} processes, but one GPU: {device}", remedy="choose device = cuda, or one process")
     if place.type == "cuda" and wanted > count:
-        raise InputError(f"{wanted} GPUs were asked for, this machine has {count}")
+        raise InputError(f"{wanted} GPUs were requested, this machine has {count}")
     return wanted
 
 # %% ../../nbs/60_train/11_launch.ipynb #ae36d300
 def _say(folder: Path, rank: int, error: BaseException) -> None:
     "Write down what ended this process."
-    said = {"kind": type(error).__name__, "message": str(error), "time": time.time()}
+    message = {"kind": type(error).__name__, "message": str(error), "time": time.time()}
     if isinstance(error, InputError):
         where = None if error.where is None else str(error.where)
-        said |= {"kind": "InputError", "what": error.what, "where": where, "remedy": error.remedy}
-    said["trace"] = "".join(traceback.format_exception(error))
+        message |= {"kind": "InputError", "what": error.what, "where": where, "remedy": error.remedy}
+    message["trace"] = "".join(traceback.format_exception(error))
     with atomic_write(folder / f"error-{rank}.json") as path:
-        path.write_text(json.dumps(said), encoding="utf-8")
+        path.write_text(json.dumps(message), encoding="utf-8")
 
 
 def _stop_with_parent() -> None:
@@ -89,7 +89,7 @@ def work(
             with atomic_write(folder / "result.json") as path:
                 path.write_text(json.dumps(result), encoding="utf-8")
         return 0
-    except BaseException as error:  # noqa: BLE001 - it is raised again where the training was asked for
+    except BaseException as error:  # noqa: BLE001 - it is raised again where the training was requested
         _say(folder, rank, error)
         return 2 if isinstance(error, InputError) else 1
 
@@ -182,20 +182,20 @@ def raise_cause(
 ) -> None:
     "Raise what ended a training in several processes; nothing when nothing says why."
     ordered = sorted(errors.items(), key=lambda item: item[1]["time"])
-    for _, said in ordered:
-        if said["kind"] == "InputError":
-            raise InputError(said["what"], said["where"], said["remedy"])
-    for _, said in ordered:
-        if said["kind"] == "NonFiniteLoss":
-            raise NonFiniteLoss(said["message"])
+    for _, message in ordered:
+        if message["kind"] == "InputError":
+            raise InputError(message["what"], message["where"], message["remedy"])
+    for _, message in ordered:
+        if message["kind"] == "NonFiniteLoss":
+            raise NonFiniteLoss(message["message"])
     for rank, status in re.findall(r"rank\s*:\s*(\d+) .*?\n\s*exitcode\s*:\s*(-?\d+)", log):
         if int(status) < 0 and int(status) != -signal.SIGTERM:
             name = signal.Signals(-int(status)).name
             what = f"process {int(rank) + 1} of {processes} was ended by {name}"
             raise ProcessFailed(what + ", perhaps for lack of memory" * (name == "SIGKILL"))
-    for rank, said in ordered:
-        print(said["trace"], file=sys.stderr)
-        raise ProcessFailed(f"process {rank + 1} of {processes}: {said['kind']}: {said['message']}")
+    for rank, message in ordered:
+        print(message["trace"], file=sys.stderr)
+        raise ProcessFailed(f"process {rank + 1} of {processes}: {message['kind']}: {message['message']}")
 
 # %% ../../nbs/60_train/11_launch.ipynb #3efd8bc8
 def train_processes(

@@ -31,7 +31,7 @@ from ..data.augment import size_for
 from ..data.batch import Batch
 from ..data.loader import Loader, make_loader
 from ..losses.criterion import Criterion
-from ..models.backbones import freeze_norms, hold
+from ..models.backbones import freeze_norms, freeze_temporarily
 from ..models.rtdetr.model import RTDETR
 from ..models.weights import load_weights
 from ..models.zoo import create_model
@@ -85,7 +85,7 @@ class Loop(Updater):
 
 # %% ../../nbs/60_train/09_loop.ipynb #3cd8fc32
 def _stage_of(self: Loop, epoch: int) -> str:
-    "What an epoch's pictures are: dense (policy, mosaic, mixup), single (the policy alone), plain (flips), none."
+    "What an epoch's images are: dense (policy, mosaic, mixup), single (the policy alone), plain (flips), none."
     c = self.config
     start, end = (round(share * c.epochs) for share in c.dense)
     if c.overfit_batches:
@@ -201,7 +201,7 @@ def _hold_backbone(self: Loop) -> None:
     if held == (self._release is not None):
         return
     if held:
-        self._release = hold(self.model.backbone)
+        self._release = freeze_temporarily(self.model.backbone)
     else:
         self._release()
         self._release = None
@@ -283,7 +283,7 @@ def _note(self: Loop, values: dict[str, Tensor], bar: tqdm, tracker: Tracker | N
 # %% ../../nbs/60_train/09_loop.ipynb #d48076c2
 def chunks(
     loader: Loader,
-    count: int,  # Batches an update
+    count: int,  # Batches per update
 ) -> Iterator[list[Batch]]:
     "The loader's batches in lists of `count`, the last one maybe shorter."
     held: list[Batch] = []

@@ -48,25 +48,25 @@ def predict(
     shape = {"size": model.size, "divisor": model.contract.divisor, "resize": model.contract.resize}
     settings = {"batch_size": self.config.batch_size, "workers": self.config.workers}
     loader = make_loader(part, **shape, **settings, quiet=True)
-    said = []
+    predicted = []
     for batch in loader:
         batch = batch.to(self.accelerator.device)
         with self.accelerator.autocast():
             outputs = model(batch.images, batch.sizes)
         found = model.postprocess(outputs, batch, len(part))
-        said.append((rows[found.image_index], found.boxes_xyxy, found.scores, found.labels))
-    gathered = gather_object(said) if world > 1 else said
+        predicted.append((rows[found.image_index], found.boxes_xyxy, found.scores, found.labels))
+    gathered = gather_object(predicted) if world > 1 else predicted
     return concat([Detections(*columns, len(table), table.class_names) for columns in gathered])
 
 # %% ../../nbs/60_train/10_trainer.ipynb #c5f3f504
 def evaluate_epoch(self: Trainer, tracker: Tracker | None) -> dict[str, Any]:
     "Evaluate, note the row, keep the best."
-    said = self.predict(self.val_table)
+    predicted = self.predict(self.val_table)
     result = [None]
     if self.accelerator.is_main_process:
         queries = self.model.num_queries
         extra = queries if queries != self.config.max_dets else None
-        result = [evaluate(said, self.val_table, max_dets=self.config.max_dets, extra_max_dets=extra)]
+        result = [evaluate(predicted, self.val_table, max_dets=self.config.max_dets, extra_max_dets=extra)]
     metrics = broadcast_object_list(result)[0] if self.accelerator.num_processes > 1 else result[0]
     numbers = {
         k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k not in ("max_dets", "iou_threshold")
@@ -112,7 +112,7 @@ Trainer.predict, Trainer.evaluate_epoch, Trainer.minutes = predict, evaluate_epo
 
 # %% ../../nbs/60_train/10_trainer.ipynb #700a4835
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    "One row an epoch, with the union of their columns."
+    "One row per epoch, with the union of their columns."
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [",".join(columns)]
     for row in rows:

@@ -22,7 +22,7 @@ from ..base.annotations import Annotations
 from ..base.core import InputError
 from ..data.batch import Batch
 from ..losses.denoising import num_asked
-from ..models.backbones import hold
+from ..models.backbones import freeze_temporarily
 from ..models.rtdetr.model import RTDETR
 from .checkpoint import rng_state, set_rng_state
 from .config import TrainConfig
@@ -54,7 +54,9 @@ class Updater:
         self.ranks.start_alike(model)
         self.optimizer = make_optimizer(model, config)
         self.ema = Ema(model, config.ema, config.ema_warmup * total)
-        self._release = hold(model.backbone) if config.freeze_epochs else None  # after the groups are made of it
+        self._release = (
+            freeze_temporarily(model.backbone) if config.freeze_epochs else None
+        )  # after the groups are made of it
         self.position = {"epoch": 0, "part": 0, "batch": 0, "step": 0}  # what comes next
         self._pending: Pending | None = None  # The update before, while its numbers are on their way
         self._before: Tensor | None = None  # The norms' statistics before an update that is under way
@@ -153,8 +155,8 @@ def _part(
     values = torch.stack([terms[name] for name in names])
     total = values.sum()
     (total if scaler is None else scaler.scale(total)).backward()
-    said = torch.cat([total.detach()[None], values.detach()]).unbind()
-    return dict(zip(["loss", *names], said)), total.detach(), rows
+    predicted = torch.cat([total.detach()[None], values.detach()]).unbind()
+    return dict(zip(["loss", *names], predicted)), total.detach(), rows
 
 # %% ../../nbs/60_train/08_update.ipynb #0cb7199a
 def sum_terms(

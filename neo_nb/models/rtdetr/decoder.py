@@ -26,18 +26,18 @@ from neo_nb.models.layers import (
     DeformableAttention,
     Mlp,
     SelfAttention,
+    cache_by_size,
     checkpointed,
     inverse_sigmoid,
     own_precision,
-    remembered,
 )
-from .hybrid_encoder import Frame
+from .hybrid_encoder import PaddingInfo
 
 # %% ../../../nbs/40_models/10_rtdetr/01_decoder.ipynb #ce9adbdc
 SIDE = 0.05  # Side of an anchor at stride 8, as a fraction of the frame
 
 
-@remembered
+@cache_by_size
 def _anchors(levels: tuple[tuple[int, int, int], ...], device: torch.device | str | None) -> tuple[Tensor, Tensor]:
     "Anchors of (stride, height, width), levels one after the other, row by row."
     boxes = []
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
         feedforward: int = 1024,
         strides: Sequence[int] = (8, 16, 32),  # Of the levels; those beyond the encoder's maps are made here
         maps: int | None = None,  # Levels that come from the encoder; all when None
-        points: int | Sequence[int] = 4,  # Sampling points a head, of every level or level by level
+        points: int | Sequence[int] = 4,  # Sampling points per head, of every level or level by level
         sampling: str = "bilinear",  # or "discrete"
     ):
         super().__init__()
@@ -198,7 +198,7 @@ def select(
 def locate(
     self: Decoder,
     shapes: dict[int, tuple[int, int]],
-    frame: Frame | None,
+    frame: PaddingInfo | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # Anchors, which are usable, which tokens lie in the images
     "What follows from where the images lie."
@@ -215,7 +215,7 @@ Decoder.tokens, Decoder.choose, Decoder.select, Decoder.locate = tokens, choose,
 def forward(
     self: Decoder,
     maps: list[Tensor],  # (b, d, h, w) each, fine to coarse
-    frame: Frame | None = None,  # Where the images lie; they fill the input when None
+    frame: PaddingInfo | None = None,  # Where the images lie; they fill the input when None
     denoising: Denoising | None = None,  # Noisy queries; in training only
 ) -> DecoderOutputs:
     memory, shapes = self.tokens(maps)
