@@ -26,7 +26,7 @@ def by_hand(table, detections, low: float = 0.0):
     kinds = ["uncounted"] * len(detections)
     boxes, truth = detections.boxes_xyxy.astype(float).tolist(), table.boxes_xyxy.astype(float).tolist()
     loud = np.flatnonzero(detections.scores >= np.float32(low))
-    matches = match_detections(detections.keep(loud), table)
+    matches = match_detections(detections.select(loud), table)
     for row, found, ignored in zip(loud.tolist(), matches.truth.tolist(), matches.ignored.tolist()):
         if ignored:
             continue
@@ -90,9 +90,9 @@ def test_costs_are_the_ap_of_mended_detections(seed):
         return
     errors = find_errors(detections, table)
     for name in ("duplicate", "background", "both"):
-        fixed = coco_metrics(detections.keep(errors.kind != KINDS.index(name)), table)["AP50"]
+        fixed = coco_metrics(detections.select(errors.kind != KINDS.index(name)), table)["AP50"]
         assert costs[name]["cost"] == pytest.approx(max(0, fixed - now), abs=1e-9)
-    only = detections.keep(np.isin(errors.kind, (0, 6)))
+    only = detections.select(np.isin(errors.kind, (0, 6)))
     assert costs["false positives"]["cost"] == pytest.approx(coco_metrics(only, table)["AP50"] - now, abs=1e-9)
     assert costs["false positives"]["count"] == np.isin(errors.kind, (1, 2, 3, 4, 5)).sum()
 
@@ -117,7 +117,7 @@ def test_slices_are_the_metric_of_their_part(seed):
 def test_two_runs_compared_agree_with_the_metric():
     for seed in range(6):
         table, detections = make(seed)
-        other = detections.keep(np.arange(len(detections)) % 3 > 0)
+        other = detections.select(np.arange(len(detections)) % 3 > 0)
         found = compare_detections(detections, other, table, draws=20)
         for key in ("AP", "AP50"):
             for numbers, one in zip(("first", "second"), (detections, other)):
@@ -130,7 +130,7 @@ def test_what_lies_at_the_edges_of_a_metric():
     """A low IoU threshold, nothing said, no images, an object beside its image: numbers and images all the same."""
     table, detections = make(1)
     assert find_errors(detections, table, 0.1).counts()["right"] >= find_errors(detections, table).counts()["right"]
-    nothing = detections.keep(np.zeros(0, int))
+    nothing = detections.select(np.zeros(0, int))
     assert delta_ap(nothing, table)["missed"]["cost"] == 1
     none = table.select([]), Detections([], [], [], [], 0, table.class_names)
     assert evaluate(none[1], none[0])["AP"] == compare_detections(none[1], none[1], none[0])["AP"]["first"] == -1

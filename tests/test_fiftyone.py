@@ -125,7 +125,7 @@ def test_the_views_show_what_was_counted(fo, seed, crowds):
     table = table if crowds else replace(table, iscrowd=None)
     dataset = make_dataset(fo, f"random-{seed}", detections, table, 0.3)
     found = evaluate(detections, table)
-    at = detections.above(0.3)
+    at = detections.filter(0.3)
     matches = match_detections(at, table)
     assert (dataset.sum("eval_tp") or 0) == (matches.truth >= 0).sum()
     assert (dataset.sum("eval_fp") or 0) == ((matches.truth < 0) & ~matches.ignored).sum()
@@ -155,7 +155,7 @@ def test_a_data_set_in_which_there_is_nothing_is_one_too(fo, what):
         nothing = {"offsets": [0] * (len(table) + 1), "boxes_xyxy": np.zeros((0, 4)), "labels": []}
         table = Annotations(table.image_ids, table.file_names, table.sizes, **nothing, class_names=table.class_names)
     if what in ("no detections", "neither"):
-        detections = detections.keep(np.zeros(0, int))
+        detections = detections.select(np.zeros(0, int))
     features = np.ones((len(detections), 4), np.float32)
     dataset = make_dataset(fo, f"with {what}", detections, table, 0.0, features=features)
     errors = find_errors(detections, table, score_threshold=0.0)
@@ -167,7 +167,7 @@ def test_a_data_set_in_which_there_is_nothing_is_one_too(fo, what):
     assert len(dataset.load_saved_view("misses, largest first")) == errors.missed.sum()
     assert pull_tags(fo, dataset.name) == {"hard_negative": [], "label_error": [], "golden": [], "boxes": []}
     with pytest.raises(InputError, match="no images, so there is nothing to browse"):
-        make_dataset(fo, "without images", detections.keep(np.zeros(0, int)), table.select([]), 0.5)
+        make_dataset(fo, "without images", detections.select(np.zeros(0, int)), table.select([]), 0.5)
 
 
 def tagged(fo, name: str) -> tuple:
@@ -187,7 +187,7 @@ def test_tags_outlive_a_rebuild_and_lost_ones_are_counted(fo):
     assert before["hard_negative"] == before["golden"] == [sample["image_id"]]
     make_dataset(fo, "tags", detections, table, 0.25)
     assert pull_tags(fo, "tags")["golden"] == before["golden"]
-    nothing = detections.keep(np.zeros(0, int))
+    nothing = detections.select(np.zeros(0, int))
     after = make_dataset(fo, "tags", nothing, table, 0.25)
     assert after.info["tags lost"] == len(before["boxes"]) == 1
 

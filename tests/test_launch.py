@@ -17,8 +17,8 @@ from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config
 from neo_nb.train.launch import ProcessFailed, train_processes
 
-TINY = {"size": (96, 128), "epochs": 1, "repeat": 1, "batch_size": 2, "tracker": "none", "cache": False}
-TINY |= {"device": "cpu", "plain_epochs": 1, "model": "rtdetr_nano"}
+TINY = {"size": (96, 128), "epochs": 1, "passes_per_epoch": 1, "batch_size": 2, "tracker": "none", "cache": False}
+TINY |= {"device": "cpu", "no_aug_epochs": 1, "model": "rtdetr_nano"}
 
 
 def small(folder: Path, **change) -> dict:
@@ -78,7 +78,7 @@ def test_a_loss_that_is_no_number_is_one_error(tmp_path):
     from neo_nb.train.update import NonFiniteLoss
 
     with pytest.raises(NonFiniteLoss, match="image ids"):
-        train_processes(**small(tmp_path, lr=1e30, backbone_lr=1e30, clip=0, warmup=0, epochs=4), processes=2)
+        train_processes(**small(tmp_path, lr=1e30, backbone_lr=1e30, max_grad_norm=0, warmup=0, epochs=4), processes=2)
 
 
 def soon(folder: Path, act, beyond: int = 0) -> threading.Thread:

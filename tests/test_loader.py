@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from neo_nb.base.annotations import Annotations, open_table, save_table
+from neo_nb.base.annotations import Annotations, load_annotations, save_annotations
 from neo_nb.base.core import InputError
 from neo_nb.data.augment import POLICIES, prepare
 from neo_nb.data.loader import make_loader, read_image
@@ -144,7 +144,7 @@ def test_workers_and_interruptions_change_nothing(table, cache):
         straight.set_epoch(epoch)
         wanted[epoch] = [bits(b) for b in straight]
         assert len(wanted[epoch]) == len(straight) == 4
-    other = make_loader(table, **OPTIONS, **HARD, cache=cache, workers=2)
+    other = make_loader(table, **OPTIONS, **HARD, cache=cache, num_workers=2)
     for epoch, start in ((2, 1), (0, 0), (1, 3), (2, 4)):
         other.set_epoch(epoch, start)
         assert [bits(b) for b in other] == wanted[epoch][start:]
@@ -194,10 +194,10 @@ def test_validation_ranks_partition_the_table(table):
 
 
 def test_a_mapped_table_serves_workers(table, tmp_path):
-    save_table(table, tmp_path / "table")
-    mapped = open_table(tmp_path / "table")
+    save_annotations(table, tmp_path / "table")
+    mapped = load_annotations(tmp_path / "table")
     assert isinstance(mapped.labels, np.memmap)
-    plain, other = make_loader(table, **OPTIONS), make_loader(mapped, **OPTIONS, workers=2)
+    plain, other = make_loader(table, **OPTIONS), make_loader(mapped, **OPTIONS, num_workers=2)
     assert [bits(b) for b in plain] == [bits(b) for b in other]
 
 
@@ -217,7 +217,7 @@ def test_workers_start_after_opencv_used_threads(tmp_path):
         root=tmp_path,
     )
     options = dict(size=(1080, 1920), divisor=32, batch_size=2, policy="strong", quiet=True)
-    plain, forked = (make_loader(table, **options, workers=w) for w in (0, 2))
+    plain, forked = (make_loader(table, **options, num_workers=w) for w in (0, 2))
     assert [bits(b) for b in plain] == [bits(b) for b in forked]
     assert next(iter(plain)).images.shape == (2, 3, 1088, 1920)
 
@@ -227,14 +227,14 @@ def test_a_fault_in_a_worker_is_one_line(table, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "7.jpg").write_bytes((tmp_path / "7.jpg").read_bytes()[:900])
     broken = Annotations(**{f: getattr(table, f) for f in table.__dataclass_fields__} | {"root": tmp_path})
-    for workers in (0, 2):
+    for num_workers in (0, 2):
         with pytest.raises(InputError) as error:
-            list(make_loader(broken, **OPTIONS, workers=workers))
+            list(make_loader(broken, **OPTIONS, num_workers=num_workers))
         assert "\n" not in str(error.value) and f"{tmp_path / '7.jpg'}: the image is truncated" in str(error.value)
 
 
 def test_files_stay_closed(table):
-    loader = make_loader(table, **(OPTIONS | dict(batch_size=1)), workers=1)
+    loader = make_loader(table, **(OPTIONS | dict(batch_size=1)), num_workers=1)
     kept, before = [], None
     for epoch in range(4):
         loader.set_epoch(epoch)
@@ -270,7 +270,7 @@ def bccd(split: str) -> Annotations:
 def test_prediction_and_validation_scale_alike():
     table = bccd("val").select(range(8))
     batch = next(iter(make_loader(table, size=(240, 320), divisor=32, batch_size=8, quiet=True)))
-    images = [read_image(table.of(i).path) for i in range(8)]
+    images = [read_image(table[i].path) for i in range(8)]
     same = prepare(images, (240, 320), 32)
     for key in ("images", "sizes", "original_sizes"):
         assert torch.equal(getattr(batch, key), getattr(same, key))

@@ -140,7 +140,7 @@ def test_a_manifest_opens_logos_by_name_and_its_splits_differ(tmp_path, monkeypa
     )
     train_table, golden = load_dataset(path, "train"), load_dataset(path, "golden")
     assert train_table.name == "small/train" and len(train_table) == len(golden) == 8
-    assert not np.array_equal(cv2.imread(str(train_table.of(0).path)), cv2.imread(str(golden.of(0).path)))
+    assert not np.array_equal(cv2.imread(str(train_table[0].path)), cv2.imread(str(golden[0].path)))
     batch = next(iter(make_loader(train_table, size=(90, 160), divisor=32, batch_size=4)))
     assert len(batch) == 4
     assert np.array_equal(load_dataset(path, "train").boxes_xyxy, train_table.boxes_xyxy)
@@ -181,7 +181,9 @@ def table(tmp_path):
 
 
 def small(**more):
-    base = dict(size=(96, 128), epochs=1, repeat=1, batch_size=4, tracker="none", cache=False, plain_epochs=0)
+    base = dict(
+        size=(96, 128), epochs=1, passes_per_epoch=1, batch_size=4, tracker="none", cache=False, no_aug_epochs=0
+    )
     return make_config(**(base | more))
 
 
@@ -190,7 +192,7 @@ def parts(state: dict, name: str) -> dict[str, torch.Tensor]:
 
 
 def test_a_held_backbone_is_equal_bit_for_bit_and_moves_afterwards(tmp_path, table):
-    trainer = Trainer(small(epochs=3, freeze_epochs=2, keep=3, ema=0.5), tmp_path / "run", table, table)
+    trainer = Trainer(small(epochs=3, freeze_epochs=2, keep_last=3, ema=0.5), tmp_path / "run", table, table)
     start, snapshots = parts(trainer.model.state_dict(), "backbone"), []
     heads = parts(trainer.model.state_dict(), "rest")
     evaluate_epoch = trainer.evaluate_epoch
@@ -251,7 +253,7 @@ def test_a_run_stopped_around_the_boundary_resumes_exactly(tmp_path, table, stop
     update = stopped.update
 
     def stops(batches, stop=False):
-        if stopped.position["step"] == stopped_at:
+        if stopped.progress["step"] == stopped_at:
             raise Stopped
         return update(batches, stop)
 
@@ -260,7 +262,7 @@ def test_a_run_stopped_around_the_boundary_resumes_exactly(tmp_path, table, stop
         stopped.fit()
     resumed = Trainer(config, tmp_path / "stopped", table, table)
     resumed.load(tmp_path / "stopped/weights/last.pt")
-    assert resumed.position["step"] == stopped_at
+    assert resumed.progress["step"] == stopped_at
     resumed.fit()
     one, two = (load_state(tmp_path / name / "weights/last.pt") for name in ("straight", "stopped"))
     for state in (one, two):
@@ -292,7 +294,7 @@ def test_the_best_epoch_is_the_one_of_the_number_asked_for(tmp_path, table, monk
     for by, epoch in (("AP", 3), ("AP50", 1), ("F1", 2)):
         told = iter(scores)
         monkeypatch.setattr(chapter, "evaluate", lambda *args, told=told, **kwargs: dict(next(told)))
-        result = train(small(epochs=3, best_by=by), tmp_path / by, table, table)
+        result = train(small(epochs=3, monitor=by), tmp_path / by, table, table)
         assert result["best"]["epoch"] == epoch and result["best"][by] == max(s[by] for s in scores)
         record = read_weights(tmp_path / by / "weights" / "best.safetensors")
         assert record["epoch"] == epoch and record["metrics"][by] == result["best"][by]

@@ -123,7 +123,7 @@ def test_torchmetrics_says_the_same():
         metric = MeanAveragePrecision(iou_type="bbox", backend="pycocotools", **steps)
         predicted, truth = [], []
         for i in range(len(table)):
-            d, t = detections.of(i), table.select([i])
+            d, t = detections.for_image(i), table.select([i])
             predicted.append(
                 {
                     "boxes": torch.tensor(d.boxes_xyxy),

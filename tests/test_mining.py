@@ -25,7 +25,7 @@ from neo_nb.deploy.detector import TorchDetector
 from neo_nb.deploy.embeddings import embed_boxes, embed_images
 from neo_nb.models.weights import save_weights
 from neo_nb.models.zoo import create_model
-from neo_nb.recipes.mine_round import choose_from, gather, score_before, tags_of, write_round
+from neo_nb.recipes.mine_round import build_pool, choose_from, score_before, tags_of, write_round
 from neo_nb.review.mining import deduplicate, require_trainable_split
 from neo_nb.runs.run import new_run, read_record, record
 
@@ -55,10 +55,10 @@ def draw(path: Path, squares: int, discs: int, seed: int) -> list[tuple[int, int
 class Reds(TorchDetector):
     """Says "logo" of everything red, the redder the surer; its features are an untrained network's."""
 
-    def predict(self, annotations, batch_size=None, progress=True, workers=0):
+    def predict(self, annotations, batch_size=None, progress=True, num_workers=0):
         rows = []
         for i in range(len(annotations)):
-            image = read_image(annotations.of(i).path)
+            image = read_image(annotations[i].path)
             mask = (image[..., 0] > 200) & (image[..., 2] < 80)
             _, _, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
             for x, y, w, h, _ in stats[1:].tolist():
@@ -102,7 +102,7 @@ ABOUT = {"run": "0001-train-logos", "before": {"F1": 0.5, "data": "logos/val"}, 
 
 def mined(detector, place, data="logos", tags=None, images="pool", **options) -> tuple:
     """One round: the table it makes, its JSON, and what was chosen."""
-    ground = gather(data, images=images and place / "data" / images, tags=tags)
+    ground = build_pool(data, images=images and place / "data" / images, tags=tags)
     found, chosen = choose_from(detector, ground, 0.3, **({"similarity": 1.0, "progress": False} | options))
     path = write_round(data, "train", ground, found, chosen, **ABOUT)
     return load_dataset(path.stem, "train", strict=True), read_mined(path.with_suffix(".json")), ground, chosen
@@ -145,7 +145,7 @@ def test_a_golden_split_is_refused_by_name(place, split):
     with pytest.raises(InputError, match="mining never touches it"):
         require_trainable_split(split)
     with pytest.raises(InputError, match="mining never touches it"):
-        gather("logos", split)
+        build_pool("logos", split)
 
 
 def test_a_golden_image_is_never_mined_under_whatever_name(detector, place, capsys):
@@ -156,7 +156,7 @@ def test_a_golden_image_is_never_mined_under_whatever_name(detector, place, caps
     again = cv2.resize(cv2.imread(str(golden[0])), None, fx=1.5, fy=1.5)  # as another program saves it
     cv2.imwrite(str(place / "data/pool/again.jpg"), again, [cv2.IMWRITE_JPEG_QUALITY, 80])
     table, record_, ground, _ = mined(detector, place)
-    hard = [table.of(i).path for i in np.flatnonzero(table.weights > 1).tolist()]
+    hard = [table[i].path for i in np.flatnonzero(table.weights > 1).tolist()]
     assert hard and not digests(hard) & digests(golden)
     assert not digests(place / "data" / image.file for image in record_.images) & digests(golden)
     assert 4 not in {n.image for n in record_.negatives}
@@ -276,7 +276,7 @@ def test_a_weighted_loader_gives_the_same_batches_with_workers_and_from_the_midd
     plain.set_epoch(2)
     batches = [bits(batch) for batch in plain]
     assert len(batches) == len(plain) == 6  # 16.5 draws, 16 of them
-    other = make_loader(heavy, workers=2, **given)
+    other = make_loader(heavy, num_workers=2, **given)
     other.set_epoch(2, start_batch=3)
     assert [bits(batch) for batch in other] == batches[3:]
     plain.set_epoch(2)
@@ -362,7 +362,19 @@ def test_neo_mine_and_a_training_that_goes_on_from_it(detector, place, capsys, m
     assert len(list((folder / "gallery/mined").glob("*.jpg"))) == 8
     assert "Rounds of mining" in (folder / "report.html").read_text()
     assert main(["data", "check", "logos-mined-1"]) == 0
-    tiny = ["--epochs", "1", "--repeat", "1", "--batch-size", "4", "--size", "96", "128", "--tracker", "none"]
+    tiny = [
+        "--epochs",
+        "1",
+        "--passes-per-epoch",
+        "1",
+        "--batch-size",
+        "4",
+        "--size",
+        "96",
+        "128",
+        "--tracker",
+        "none",
+    ]
     assert main(["train", "--data", "logos-mined-1", "--weights", str(best), *tiny]) == 0
     last = next((place / "reports").glob("0003-*"))
     known, page = read_record(last), (last / "report.html").read_text()

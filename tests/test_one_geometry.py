@@ -40,7 +40,7 @@ def rows(detections: Detections, images: list[np.ndarray]) -> list[np.ndarray]:
     "x1 y1 x2 y2 as fractions of the image, score, label: of each image."
     found = []
     for index, image in enumerate(images):
-        one = detections.of(index)
+        one = detections.for_image(index)
         boxes = one.boxes_xyxy / np.tile(image.shape[1::-1], 2)
         found.append(np.concatenate([boxes, one.scores[:, None], one.labels[:, None]], 1))
     return found
@@ -55,7 +55,7 @@ def test_every_form_finds_the_same(family, resize, tmp_path):
     rng = np.random.default_rng(list(FAMILIES).index(family))
     size = tuple(int(side) for side in rng.integers(97, 210, 2))
     model, images = lively(1, name, **overrides), mixed(rng, 7)
-    model.contract, model.size = replace(model.contract, resize=resize), size
+    model.preprocessing, model.size = replace(model.preprocessing, resize=resize), size
     contents = {pad_to(fit(image.shape[:2], size, resize), 32) for image in images}
     assert resize == "stretch" or len(contents) > 2  # images that would have frames of their own
     alone = rows(Eager(model)(images, batch_size=1), images)

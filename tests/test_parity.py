@@ -99,18 +99,18 @@ def check_size(model, peer, seen, size) -> None:
     for stride, a, b in zip(model.config.strides, maps, seen["maps"]):
         close(a, b, f"the encoder's map of stride {stride}")
     decoder, rows = model.decoder, {}
-    memory, shapes = decoder.tokens(maps)
-    anchors, usable, _ = decoder.locate(shapes, None, memory.device)
+    memory, shapes = decoder.flatten_levels(maps)
+    anchors, usable, _ = decoder.anchors_and_masks(shapes, None, memory.device)
     chosen = seen["scores"].max(-1).values.topk(model.num_queries, 1).indices  # as theirs takes them
 
     def choose(logits, usable):
-        rows["scores"], rows["ours"] = logits, type(decoder).choose(decoder, logits, usable)
+        rows["scores"], rows["ours"] = logits, type(decoder).topk_tokens(decoder, logits, usable)
         return chosen
 
-    decoder.choose, decoder.training = choose, True  # all layers answer; norms inside stay in evaluation
+    decoder.topk_tokens, decoder.training = choose, True  # all layers answer; norms inside stay in evaluation
     out = decoder(maps)
     decoder.training = False
-    del decoder.choose
+    del decoder.topk_tokens
     close(rows["scores"][:, usable[0]], seen["scores"][:, usable[0]], "the class scores of all tokens")
     assert usable[0, chosen[0]].all(), "theirs took a token that is not usable: the comparison would be void"
     best = seen["scores"].max(-1).values[0]

@@ -125,14 +125,14 @@ def test_the_published_position_changes_rectangles_only(monkeypatch):
 
 def test_the_schedule_ends_when_the_time_does(tmp_path):
     table = make_scenes(8, (64, 96), 0, tmp_path / "scenes")
-    config = make_config(epochs=8, plain_epochs=2, lr=1e-3, tracker="none", device="cpu", cache=True, **TINY)
+    config = make_config(epochs=8, no_aug_epochs=2, lr=1e-3, tracker="none", device="cpu", cache=True, **TINY)
     racer, plain = TimedTrainer(config, tmp_path / "run", table, table), []
     update = racer.update
     racer.update = lambda batches: (plain.append(racer._stage == "plain"), update(batches))[1]
     rows = racer.train_for(minutes=0.1, evaluations=4)
     assert [round(row["cpu_minutes"] / 0.025) for row in rows] == [1, 2, 3, 4]
     assert [row["updates"] for row in rows] == sorted(row["updates"] for row in rows)
-    assert lr_factor(racer.position["step"] - 1, racer.total, config) < config.gamma + 0.05
+    assert lr_factor(racer.progress["step"] - 1, racer.total, config) < config.final_lr_fraction + 0.05
     share = plain.index(True) / len(plain)
     assert 0.6 < share < 0.9 and all(plain[plain.index(True) :]), share
     assert racer.ema.ramp == pytest.approx(max(config.ema_warmup * racer.total, 1))  # a slow machine has few updates

@@ -21,7 +21,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture
 def loop(scenes, tmp_path):
     def build(**settings) -> Loop:
-        common = dict(size=(72, 128), batch_size=4, repeat=1, tracker="none", device="cpu", cache=False)
+        common = dict(size=(72, 128), batch_size=4, passes_per_epoch=1, tracker="none", device="cpu", cache=False)
         return Loop(make_config(**(common | settings)), tmp_path / "run", scenes, scenes)
 
     return build
@@ -43,7 +43,7 @@ def test_an_unknown_recipe_is_answered_with_the_nearest():
 
 
 def test_the_stages_of_deim_over_its_own_120_epochs(loop):
-    run = loop(recipe="deim", epochs=120, plain_epochs=3)
+    run = loop(recipe="deim", epochs=120, no_aug_epochs=3)
     stages = [run._stage_of(epoch) for epoch in range(120)]
     expected = ["plain"] * 4 + ["dense"] * 60 + ["single"] * 53 + ["plain"] * 3
     assert stages == expected
@@ -64,7 +64,7 @@ def test_stages_of_short_runs_keep_their_order(loop, epochs):
 
 
 def test_the_default_recipe_changes_nothing_but_at_its_end(loop):
-    run = loop(epochs=10, plain_epochs=3)
+    run = loop(epochs=10, no_aug_epochs=3)
     assert [run._stage_of(epoch) for epoch in range(10)] == ["dense"] * 7 + ["plain"] * 3  # dense with shares of 0
     assert (run.loader.items.mosaic, run.loader.items.mixup) == (0, 0)
 
@@ -79,7 +79,7 @@ def test_the_rate_of_every_recipe_warms_up_and_never_rises_again(name):
 
 
 def test_the_flat_cosine_is_flat_then_falls_then_rests():
-    config = make_config(recipe="deim", model="rtdetr_r18", epochs=120, plain_epochs=3, warmup=0.02)
+    config = make_config(recipe="deim", model="rtdetr_r18", epochs=120, no_aug_epochs=3, warmup=0.02)
     at = [lr_factor(epoch * 10, 1200, config) for epoch in (4, 30, 63, 64, 117, 119)]
     assert at == pytest.approx([1, 1, 1, 1, 0.5, 0.5]) and 0.74 < lr_factor(905, 1200, config) < 0.76
 
@@ -101,7 +101,10 @@ def test_a_view_never_holds_more_objects_than_the_limit_and_some_are_dense(scene
 
 
 def test_a_crowd_with_mosaic_needs_no_queries_for_five_images(loop):
-    assert loop(recipe="deim", epochs=1, dense=(0.0, 1.0), plain_epochs=0, num_queries=40).loader.max_objects == 40
+    assert (
+        loop(recipe="deim", epochs=1, mosaic_range=(0.0, 1.0), no_aug_epochs=0, num_queries=40).loader.max_objects
+        == 40
+    )
 
 
 @pytest.mark.parametrize("loss", ["vfl", "mal"])
@@ -120,8 +123,8 @@ def test_a_run_of_deim_goes_through_all_its_stages(scenes, tmp_path, monkeypatch
         Trainer, "_train_loader", lambda self, epoch: seen.append(self._stage_of(epoch)) or build(self, epoch)
     )
     config = make_config(
-        recipe="deim", size=(72, 128), batch_size=4, repeat=1, tracker="none", device="cpu", epochs=6,
-        dense=(0.17, 0.5), plain_epochs=2, num_queries=40,
+        recipe="deim", size=(72, 128), batch_size=4, passes_per_epoch=1, tracker="none", device="cpu", epochs=6,
+        mosaic_range=(0.17, 0.5), no_aug_epochs=2, num_queries=40,
     )  # fmt: skip
     train(config, tmp_path / "run", scenes, scenes)
     rows = (tmp_path / "run" / "results.csv").read_text().splitlines()

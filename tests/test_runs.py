@@ -19,8 +19,19 @@ from command import neo
 from neo_nb.runs.run import read_record
 
 EPOCHS = 6
-SMALL = ["--data", "cells", "--model", "rtdetr_nano", "--epochs", EPOCHS, "--repeat", "1", "--batch-size", "2"]
-SMALL += ["--size", "64", "96", "--tracker", "none", "--target", "cpu", "--workers", "0", "--num-queries", "20"]
+SMALL = [
+    "--data",
+    "cells",
+    "--model",
+    "rtdetr_nano",
+    "--epochs",
+    EPOCHS,
+    "--passes-per-epoch",
+    "1",
+    "--batch-size",
+    "2",
+]
+SMALL += ["--size", "64", "96", "--tracker", "none", "--target", "cpu", "--num-workers", "0", "--num-queries", "20"]
 QUIET = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
 
 

@@ -76,7 +76,7 @@ def test_slices_find_every_patch_once(tmp_path, monkeypatch, whole, large):
     for found in (sliced(photos, batch_size=3), sliced.predict(table, batch_size=3, progress=False)):
         assert found.num_images == 6
         for row in range(6):
-            assert same_set(found.of(row), truth[row].astype(float), labels[row])
+            assert same_set(found.for_image(row), truth[row].astype(float), labels[row])
     seen = [shape for batch in eye.looks for shape in batch]
     assert max(map(len, eye.looks)) == 3
     windows = [w for p in photos for w in sliced.windows(p.shape[:2]).tolist()]
@@ -127,7 +127,7 @@ def test_without_overlap_a_slice_says_what_the_tile_alone_says(tmp_path):
         moved, frames = to_image_coords(detector([image[y1:y2, x1:x2]]), np.array([window]), (200, 290))
         whole = np.isnan(frames).all(1)
         cut.append(moved.boxes_xyxy[~whole])  # joined with what the neighbour says
-        inside.append(moved.keep(np.flatnonzero(whole)).nms(0.6))
+        inside.append(moved.select(np.flatnonzero(whole)).nms(0.6))
     cut, compared = np.concatenate(cut), 0
     for tile in inside:
         for box, score, label in zip(tile.boxes_xyxy, tile.scores, tile.labels):
@@ -192,7 +192,7 @@ def test_a_data_set_in_tiles_is_a_data_set(neo, tmp_path):
         assert np.array_equal(table.labels, expected.labels) and np.array_equal(table.iscrowd, expected.iscrowd)
         assert np.array_equal(table.sizes, expected.sizes)
         for row in range(len(table)):
-            assert read_image(table.of(row).path).shape[:2] == table.of(row).size
+            assert read_image(table[row].path).shape[:2] == table[row].size
     assert predicted["val"]["empty_left_out"] == 0
     status, out, err = neo("data", "check", "crowd-tiles", "--json")
     assert status == 0, out
@@ -231,7 +231,7 @@ def test_predict_and_evaluate_in_tiles(neo, tmp_path):
     found = json.loads(out)
     sliced = TiledDetector(load_detector(weights), (96, 96), 0.2)
     for path, image in zip(files, found["images"]):
-        direct = sliced([read_image(path)]).above(0.001)
+        direct = sliced([read_image(path)]).filter(0.001)
         assert len(direct) == len(image["detections"]) > 0
         boxes = np.array([one["box"] for one in image["detections"]])
         assert boxes == pytest.approx(direct.boxes_xyxy, abs=0.02)

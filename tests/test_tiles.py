@@ -214,7 +214,7 @@ def drawn(folder, rng, **kwargs):
     "A random table, and its images."
     table = replace(a_table(rng, **kwargs), root=folder)
     for row in range(len(table)):
-        known = table.of(row)
+        known = table[row]
         cv2.imwrite(str(known.path), smooth(rng, known.size))
     return table
 
@@ -231,7 +231,7 @@ def test_tiles_are_cut_once_and_anew_when_anything_changes(tmp_path):
 
     def cut(table=table, tile=(60, 60), **rule):
         found, stats = make_tiles(table, folder, tile, progress=False, **({"empty": 1e9} | rule))
-        files = {str(found.of(row).path) for row in range(len(found))}
+        files = {str(found[row].path) for row in range(len(found))}
         assert files == {str(path) for path in (folder / "images").iterdir()}
         return found, stats, max(path.stat().st_mtime_ns for path in (folder / "images").iterdir())
 
@@ -243,8 +243,8 @@ def test_tiles_are_cut_once_and_anew_when_anything_changes(tmp_path):
     assert np.array_equal(first.extras["whole_xyxy"], again.extras["whole_xyxy"])
     for row in range(len(first)):
         image, (x1, y1, x2, y2) = parse_tile_id(first.image_ids[row])
-        source = read_image(table.of(table.image_ids.tolist().index(int(image))).path)[y1:y2, x1:x2]
-        tile = read_image(first.of(row).path).astype(int)
+        source = read_image(table[table.image_ids.tolist().index(int(image))].path)[y1:y2, x1:x2]
+        tile = read_image(first[row].path).astype(int)
         assert tile.shape == source.shape and abs(tile - source).mean() < 4
 
     for change in (
@@ -268,11 +268,11 @@ def test_what_was_left_half_cut_is_cut_anew(tmp_path):
     table = drawn(tmp_path, np.random.default_rng(1), images=3)
     whole, stats = make_tiles(table, tmp_path / "t", (60, 60), progress=False)
     names = sorted(path.name for path in (tmp_path / "t" / "images").iterdir())
-    missing = table.of(2).path.read_bytes()
-    table.of(2).path.unlink()
+    missing = table[2].path.read_bytes()
+    table[2].path.unlink()
     with pytest.raises(InputError, match="2.png"):
         make_tiles(table, tmp_path / "t", (60, 60), progress=False, overlap=0.5)
     assert not (tmp_path / "t" / "tiles.json").exists()
-    table.of(2).path.write_bytes(missing)
+    table[2].path.write_bytes(missing)
     assert make_tiles(table, tmp_path / "t", (60, 60), progress=False)[1] == stats
     assert sorted(path.name for path in (tmp_path / "t" / "images").iterdir()) == names

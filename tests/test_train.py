@@ -43,7 +43,7 @@ def tensors(state: dict) -> dict[str, torch.Tensor]:
 
 
 def test_a_killed_and_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path):
-    config = {"checkpoint_steps": 2, "workers": 1, "mosaic": 0.3, "accumulation": 1}
+    config = {"checkpoint_steps": 2, "num_workers": 1, "mosaic": 0.3, "grad_accum_steps": 1}
     straight, _ = work(tmp_path, "straight", config=config)
     assert straight.returncode == 0, straight.stderr[-2000:]
     killed, done = work(tmp_path, "killed", config=config, kill_after=3)
@@ -101,7 +101,9 @@ def table(tmp_path):
 
 
 def small(**more):
-    return make_config(**(dict(size=(96, 128), epochs=1, repeat=1, batch_size=4, tracker="none", cache=False) | more))
+    return make_config(
+        **(dict(size=(96, 128), epochs=1, passes_per_epoch=1, batch_size=4, tracker="none", cache=False) | more)
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_with_image_ids_and_a_state(tmp_path, table):
@@ -124,7 +126,7 @@ def test_a_checkpoint_of_other_classes_is_refused(tmp_path, table):
 
 def test_early_stopping_keeps_the_newest_and_a_warm_start_says_what_it_took(tmp_path, table, capsys):
     run = tmp_path / "run"
-    result = train(small(epochs=6, patience=1, keep=1, lr=1e-9, backbone_lr=1e-9), run, table, table)
+    result = train(small(epochs=6, patience=1, keep_last=1, lr=1e-9, backbone_lr=1e-9), run, table, table)
     assert result["epochs"] < 6
     assert len(list((run / "weights").glob("epoch_*.safetensors"))) == 1
     train(small(weights=str(run / "weights/last.safetensors")), tmp_path / "next", table, table)
@@ -132,8 +134,17 @@ def test_early_stopping_keeps_the_newest_and_a_warm_start_says_what_it_took(tmp_
 
 
 def test_the_schedule_is_laid_into_the_time_there_is(tmp_path, table, capsys):
-    more = {"epochs": 40, "repeat": 2, "plain_epochs": 8, "lr": 1e-3, "backbone_lr": 1e-3, "max_minutes": 0.4}
-    trainer = Trainer(small(**more, schedule="cosine", gamma=0.02, workers=0), tmp_path / "run", table, table)
+    more = {
+        "epochs": 40,
+        "passes_per_epoch": 2,
+        "no_aug_epochs": 8,
+        "lr": 1e-3,
+        "backbone_lr": 1e-3,
+        "max_minutes": 0.4,
+    }
+    trainer = Trainer(
+        small(**more, schedule="cosine", final_lr_fraction=0.02, num_workers=0), tmp_path / "run", table, table
+    )
     stages, update = [], trainer.update
 
     def look(batches, stop=False):
@@ -143,7 +154,7 @@ def test_the_schedule_is_laid_into_the_time_there_is(tmp_path, table, capsys):
     trainer.update = look
     result = trainer.fit()
     row, planned = result["last"], 40 * trainer.updates
-    assert trainer.position["step"] == trainer.total == row["updates"] < planned, "there was no time for all"
+    assert trainer.progress["step"] == trainer.total == row["updates"] < planned, "there was no time for all"
     assert result["ended"] == "time" and result["planned_epochs"] == 40
     assert result["fitted_epochs"] == row["epochs"] == row["epoch"] == len(trainer.rows)
     assert row["lr"] < 0.1 * 1e-3, "the rate has fallen as it would have in 40 epochs"
@@ -151,13 +162,13 @@ def test_the_schedule_is_laid_into_the_time_there_is(tmp_path, table, capsys):
     assert 0.6 < plain < 0.95 and set(stages[stages.index("plain") :]) == {"plain"}
     assert result["minutes"] < 0.6
     assert f"of {planned:,} updates" in capsys.readouterr().out
-    again = Trainer(small(**more, schedule="cosine", gamma=0.02), tmp_path / "run", table, table)
+    again = Trainer(small(**more, schedule="cosine", final_lr_fraction=0.02), tmp_path / "run", table, table)
     again.load(tmp_path / "run/weights/last.pt")
     assert again.total == trainer.total and again.fit()["ended"] == "time" and len(again.rows) == len(trainer.rows)
 
 
 def test_enough_time_changes_nothing(tmp_path, table):
-    config = {"epochs": 2, "policy": "mild", "plain_epochs": 1}
+    config = {"epochs": 2, "policy": "mild", "no_aug_epochs": 1}
     train(small(**config), tmp_path / "free", table, table)
     timed = train(small(**config, max_minutes=60), tmp_path / "timed", table, table)
     one, two = (tensors(load_state(tmp_path / name / "weights/last.pt")) for name in ("free", "timed"))
@@ -166,7 +177,9 @@ def test_enough_time_changes_nothing(tmp_path, table):
 
 def test_a_state_of_format_1_goes_on_as_one_of_today(tmp_path):
     table = images(tmp_path / "images")
-    config = make_config(size=(64, 96), batch_size=2, epochs=2, repeat=1, tracker="none", device="cpu", cache=False)
+    config = make_config(
+        size=(64, 96), batch_size=2, epochs=2, passes_per_epoch=1, tracker="none", device="cpu", cache=False
+    )
     first = Trainer(config, tmp_path / "new", table, table)
     first._enough = lambda: True  # as if it had been stopped after an epoch
     first.fit()
@@ -175,7 +188,7 @@ def test_a_state_of_format_1_goes_on_as_one_of_today(tmp_path):
     for key in ("micro", "total", "evaluations", "in_a_row"):
         del state[key]
     rows = [{k: v for k, v in row.items() if k != "skipped"} for row in state["rows"]]
-    old = state | {"format": "neo_nb training state 1", "batch_size": 2, "accumulation": 1, "rows": rows}
+    old = state | {"format": "neo_nb training state 1", "batch_size": 2, "grad_accum_steps": 1, "rows": rows}
     torch.save(old, tmp_path / "old.pt")
     ended = []
     for file in (path, tmp_path / "old.pt"):

@@ -30,7 +30,7 @@ def difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> fl
 def test_a_batch_of_four_is_two_twos_and_four_ones(tmp_path, num_denoising):
     whole = all_targets(tmp_path)
     four, two, one = (
-        gradients(make_loop(tmp_path, batch_size=size, accumulation=4 // size, num_denoising=num_denoising), whole)
+        gradients(make_loop(tmp_path, batch_size=size, grad_accum_steps=4 // size, num_denoising=num_denoising), whole)
         for size in (4, 2, 1)
     )
     assert difference(four, two) < 1e-5 and difference(four, one) < 1e-5
@@ -43,7 +43,7 @@ def test_too_little_memory_cuts_an_odd_batch_and_changes_nothing_else(tmp_path):
     tried = starve(starved, 3)
     assert difference(gradients(plain, whole), gradients(starved, whole)) < 1e-5
     assert tried == [5, 2, 3] and starved.micro == 3
-    assert starved.position == plain.position and len(starved.loader) == len(plain.loader) == 1
+    assert starved.progress == plain.progress and len(starved.loader) == len(plain.loader) == 1
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def poison(trainer: Trainer, first: int, count: int) -> list[list[int]]:
     update = trainer.update
 
     def poisoned(batches, stop=False):
-        step["now"] = first <= trainer.position["step"] < first + count
+        step["now"] = first <= trainer.progress["step"] < first + count
         if step["now"]:
             images.append([row for batch in batches for row in batch.image_index.tolist()])
         return update(batches, stop)
@@ -125,7 +125,7 @@ def test_one_infinite_gradient_is_left_out_and_counted(tmp_path, capsys):
 
     one.update = look
     result = one.fit()
-    assert result["skipped"] == 1 and [row["skipped"] for row in one.rows] == [1] and one.position["step"] == 6
+    assert result["skipped"] == 1 and [row["skipped"] for row in one.rows] == [1] and one.progress["step"] == 6
     counted = [k for k in before[2] if not torch.equal(before[2][k], before[3][k])]
     assert all(key.endswith("num_batches_tracked") for key in counted), "the third update has changed nothing"
     assert finite(one.model.state_dict()) and finite(one.ema.model.state_dict())
@@ -157,7 +157,7 @@ def test_infinite_gradients_in_a_row_end_the_run_before_the_first_is_saved(tmp_p
 
 
 def loader_at(trainer: Trainer):
-    trainer.loader.set_epoch(0, trainer.position["batch"])
+    trainer.loader.set_epoch(0, trainer.progress["batch"])
     return trainer.loader
 
 

@@ -62,7 +62,7 @@ def test_without_weights_the_order_is_the_permutation_that_it_always_was(weights
 
 def test_a_weighted_training_that_was_stopped_ends_as_the_straight_one_bit_for_bit(tmp_path, monkeypatch):
     table = replace(photos(tmp_path / "images"), weights=[1, 2.5, 1, 1, 3, 1, 1, 1, 1, 1, 1, 1])
-    config = make_config(size=SIZE, epochs=1, repeat=1, batch_size=4, tracker="none", cache=False, device="cpu",
+    config = make_config(size=SIZE, epochs=1, passes_per_epoch=1, batch_size=4, tracker="none", cache=False, device="cpu",
                          checkpoint_steps=2, mosaic=0.3)  # fmt: skip
     straight = Trainer(config, tmp_path / "straight", table, table)
     assert straight.total == 4, "15.5 draws, 16 of them, in fours"

@@ -20,8 +20,8 @@ from neo_nb.data.loader import make_loader
 folder, number = Path(sys.argv[1]), 24
 names, sizes, none = [f"{i}.jpg" for i in range(number)], [(108, 192)] * number, np.zeros((0, 4), np.float32)
 table = Annotations(range(number), names, sizes, [0] * (number + 1), none, np.zeros(0, int), ["a"], root=folder)
-def loader(size=(1080, 1920), workers=4, **more):
-    return make_loader(table, size=size, divisor=32, batch_size=1, workers=workers, **more)
+def loader(size=(1080, 1920), num_workers=4, **more):
+    return make_loader(table, size=size, divisor=32, batch_size=1, num_workers=num_workers, **more)
 def children():
     return [int(p) for p in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
 """
@@ -57,7 +57,7 @@ def test_an_update_of_eight_batches_goes_through_in_64_mib(images):
         for _ in range(2):
             for batches in chunks(made, 8):  # the last update's are still held while the next ones come
                 seen += [int(row) for batch in batches for row in batch.image_index]
-        print(made.workers, seen == [*range(24)] * 2, [p.name for p in Path("/dev/shm").iterdir() if "torch" in p.name])
+        print(made.num_workers, seen == [*range(24)] * 2, [p.name for p in Path("/dev/shm").iterdir() if "torch" in p.name])
         """,
         images,
         mib=64,
@@ -70,7 +70,7 @@ def test_a_shared_memory_that_others_fill_does_not_stop_it(images):
     """What does not fit comes through pipes, the same pixels, and that is said once; nothing is left behind."""
     done = child(
         """
-        plain, seen, made = [batch.images for batch in loader(workers=0)], [], loader(workers=2)
+        plain, seen, made = [batch.images for batch in loader(num_workers=0)], [], loader(num_workers=2)
         for batch in made:
             if not seen:
                 try:
@@ -79,7 +79,7 @@ def test_a_shared_memory_that_others_fill_does_not_stop_it(images):
                 except OSError: pass
             seen.append(batch.images)
         same = len(seen) == 24 and all((a == b).all() for a, b in zip(seen, plain))
-        print(made.workers, bool(same), sorted(p.name for p in Path("/dev/shm").iterdir()))
+        print(made.num_workers, bool(same), sorted(p.name for p in Path("/dev/shm").iterdir()))
         os.unlink("/dev/shm/filler")
         print(sum(len(batch.images) for batch in made))
         """,
@@ -92,7 +92,7 @@ def test_a_shared_memory_that_others_fill_does_not_stop_it(images):
 
 def test_training_processes_share_what_there_is(images):
     """The start of each sees all of it as free."""
-    code = "print(loader(world_size=2).workers, loader(world_size=8).workers)"
+    code = "print(loader(world_size=2).num_workers, loader(world_size=8).num_workers)"
     done = child(code, images, mib=64)
     assert done.stdout.split() == ["3", "0"], done.stdout + done.stderr
     assert "of 64 MiB free" in done.stderr
@@ -102,7 +102,7 @@ def test_no_room_for_anything_is_one_line(images):
     """Not even for the locks of a queue: none of the workers, or a message."""
     done = child(
         """
-        made = loader(size=(32, 32), workers=1)
+        made = loader(size=(32, 32), num_workers=1)
         with open("/dev/shm/filler", "wb", buffering=0) as file:
             try:
                 while True: file.write(bytes(4096))
@@ -114,7 +114,7 @@ def test_no_room_for_anything_is_one_line(images):
     )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "InputError: loader: the processes that read images do not work" in last
-    assert "/dev/shm has 0 of 1 MiB free" in last and "--workers 0" in last and "--shm-size" in last
+    assert "/dev/shm has 0 of 1 MiB free" in last and "--num-workers 0" in last and "--shm-size" in last
 
 
 @pytest.mark.parametrize("name, word", [("SIGBUS", "Bus error"), ("SIGKILL", "Killed")])
@@ -122,7 +122,7 @@ def test_a_worker_that_dies_is_one_line_wherever_this_process_is(images, name, w
     """In the middle of a step, as most of the time."""
     done = child(
         f"""
-        made = loader(size=(64, 96), workers=2)
+        made = loader(size=(64, 96), num_workers=2)
         for batch in made:
             os.kill(children()[0], signal.{name})
             end = time.monotonic() + 20
@@ -149,7 +149,7 @@ def test_an_image_that_never_comes_ends_in_one_line(images, tmp_path):
         workers.PATIENCE = 3.0
         start, count = time.monotonic(), 0
         try:
-            for batch in loader(size=(64, 96), workers=2): count += 1
+            for batch in loader(size=(64, 96), num_workers=2): count += 1
         finally: print(count, 3 <= time.monotonic() - start < 30)
         """,
         tmp_path,
@@ -172,7 +172,7 @@ def test_a_slow_disk_is_no_dead_one(images, tmp_path):
         def late():
             time.sleep(6)
             Path(folder, "7.jpg").write_bytes(Path({str(images)!r}, "7.jpg").read_bytes())
-        made = loader(size=(64, 96), workers=2)
+        made = loader(size=(64, 96), num_workers=2)
         threading.Thread(target=late, daemon=True).start()
         print(sum(len(batch.images) for batch in made))
         """,

@@ -50,7 +50,14 @@ def main(order: dict) -> None:
     if "empty" in order:
         table = without_objects(table, order["empty"])
     base = dict(
-        size=(96, 128), epochs=2, repeat=1, batch_size=4, tracker="none", cache=False, device="cpu", plain_epochs=1
+        size=(96, 128),
+        epochs=2,
+        passes_per_epoch=1,
+        batch_size=4,
+        tracker="none",
+        cache=False,
+        device="cpu",
+        no_aug_epochs=1,
     )
     trainer = Trainer(make_config(**(base | order["config"])), Path(order["run"]), table, table)
     if order.get("no_denoising"):  # its noise is each process's own

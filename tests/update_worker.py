@@ -64,9 +64,15 @@ def make_loop(folder: Path, counts: tuple[int, ...] = (1, 60, 1, 1), num_denoisi
     """A loop over all images of `crowds`, unaugmented, with neither clipping nor learning norms."""
     table = crowds(folder / "images", counts)
     base = dict(
-        size=(96, 128), epochs=1, repeat=1, batch_size=len(counts), accumulation=1, tracker="none", cache=False
+        size=(96, 128),
+        epochs=1,
+        passes_per_epoch=1,
+        batch_size=len(counts),
+        grad_accum_steps=1,
+        tracker="none",
+        cache=False,
     )
-    base |= dict(device="cpu", clip=0.0, freeze_norms=True, policy="none", plain_epochs=0, overfit_batches=4)
+    base |= dict(device="cpu", max_grad_norm=0.0, freeze_norms=True, policy="none", no_aug_epochs=0, overfit_batches=4)
     loop = Loop(make_config(**(base | config)), folder / "run", table, table)
     loop.model.config = replace(loop.model.config, num_denoising=num_denoising)
     loop.model.train()
@@ -90,7 +96,7 @@ def gradients(loop: Loop, whole: list) -> dict[str, torch.Tensor]:
 
     loop.optimizer.step, rtdetr.make_denoising = look, same_denoising(whole)
     try:
-        loop.update(next(chunks(loop.loader, loop.accumulation)))
+        loop.update(next(chunks(loop.loader, loop.grad_accum_steps)))
     finally:
         loop.optimizer.step, rtdetr.make_denoising = step, DRAW
     return found
@@ -125,7 +131,7 @@ def main(order: dict) -> None:
 
     loop = make_loop(folder, batch_size=2, freeze_norms=False, freeze_epochs=1, epochs=2)
     for epoch in (0, 1):
-        loop.position["epoch"] = epoch
+        loop.progress["epoch"] = epoch
         loop._hold_backbone()
         loop.model.train()
         loop.update(next(chunks(loop.loader, 1)))

@@ -85,7 +85,7 @@ def draw_detections(
         boxes, labels = truth.boxes_xyxy, truth.labels
         image = draw_boxes(image, boxes, labels, class_names, colour=TRUTH, iscrowd=truth.iscrowd)
     if detections is not None:
-        predicted = detections.above(threshold)
+        predicted = detections.filter(threshold)
         image = draw_boxes(image, predicted.boxes_xyxy, predicted.labels, class_names, predicted.scores, SAID)
     return image
 

@@ -130,7 +130,7 @@ def training_flags() -> type:
         "resume": (_flag(str | None, "a run (path, name or number) to go on with", ""), None),
     }
     for name, setting in TrainConfig.model_fields.items():
-        hint = f"(default: {setting.default})" if name in ("model", "seed", "tracker", "best_by") else ""
+        hint = f"(default: {setting.default})" if name in ("model", "seed", "tracker", "monitor") else ""
         own[name] = (_flag(setting.annotation, setting.description or "", hint), setting.default)
     text = "Train a detector, evaluate it, write a report. What is not given is the model's recipe, then the target's."
     return create_model("Train", __doc__=text, **own)

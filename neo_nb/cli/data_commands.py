@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..base.core import InputError, check_choice, settings
-from .commands import Result, check_tile, near
+from .commands import Result, check_tile, relative
 
 # %% ../../nbs/90_cli/03_data_commands.ipynb #d7bfa145
 def data_list() -> Result:
@@ -56,7 +56,7 @@ def data_show(
     page = write_dataset_page(splits, folder, manifest.title or Path(name).stem)
     rows = {key: statistics(table) for key, table in splits.items()}
     lines = [f"{key:8} {r['images']:>8,} images {r['boxes']:>10,} boxes" for key, r in rows.items()]
-    return Result("\n".join([*lines, "", f"open {near(page)}"]), rows | {"page": str(page)})
+    return Result("\n".join([*lines, "", f"open {relative(page)}"]), rows | {"page": str(page)})
 
 # %% ../../nbs/90_cli/03_data_commands.ipynb #ae5b9806
 def data_import(
@@ -85,7 +85,7 @@ def data_fetch(
     from neo_nb.data.download import fetch
 
     folder = fetch(name, force=force, keep=keep)
-    return Result(f"{name} is in {near(folder)}", {"folder": str(folder)})
+    return Result(f"{name} is in {relative(folder)}", {"folder": str(folder)})
 
 # %% ../../nbs/90_cli/03_data_commands.ipynb #915a37ac
 def data_tile(
@@ -116,4 +116,4 @@ def data_tile(
     message = save_tiled(tables, manifest, target, tile, overlap, rule)
     lines = [f"{key:8} {one['tiles']:>7,} tiles: {one['whole']:,} boxes whole, {one['cut']:,} cut, {one['ignored']:,} "
              f"ignored; {one['lost']:,} objects in none" for key, one in message.items()]  # fmt: skip
-    return Result("\n".join([*lines, f"{to}: {near(target)}"]), message)
+    return Result("\n".join([*lines, f"{to}: {relative(target)}"]), message)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..base.core import InputError, check_choice, raise_for_disk, settings
 from .args import parse, placed
-from .commands import Result, benchmark, check_port, demo, doctor, evaluate, export, near, predict, train
+from .commands import Result, benchmark, check_port, demo, doctor, evaluate, export, predict, relative, train
 from .data_commands import data_check, data_fetch, data_import, data_list, data_show, data_tile
 from .recipe_commands import logo, mine
 from .review_commands import compare, errors
@@ -31,7 +31,7 @@ def _finish(result: Result, as_json: bool) -> int:
         if result.text:
             print(result.text)
         if result.run:
-            print(f"run: {near(result.run)}")
+            print(f"run: {relative(result.run)}")
     sys.stdout.flush()
     return result.status
 

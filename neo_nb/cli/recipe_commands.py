@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..base.core import InputError, workspace_root
 from ..base.devices import Precision, check_device
-from .commands import Result, check_data, check_tile, find_detector, near, run_about, run_notebook
+from .commands import Result, check_data, check_tile, find_detector, relative, run_about, run_notebook
 from ..recipes.small_objects import STEPS, choose_steps
 from ..recipes.step_report import steps_table, verdicts
 
@@ -49,7 +49,7 @@ def mine(
     tile: tuple[int, int] | None = None,  # (height, width) of tiles; as the run was evaluated when not given
     overlap: float = 0.2,  # With --tile: share of a tile that its neighbour sees too
     batch_size: int = 8,  # Images at once
-    workers: int | None = None,  # Processes that read images; by machine and data when not given
+    num_workers: int | None = None,  # Processes that read images; by machine and data when not given
     device: str = "auto",  # auto, cpu, cuda or cuda:N
     precision: Precision = "auto",  # Of the network; auto: fp32 on a CPU, bf16 or fp16 on a GPU
 ) -> Result:
@@ -69,11 +69,13 @@ def mine(
     new = run_about("mine", path, data)
     given = {"of": path, "data": data, "split": split, "images": images and Path(images).absolute()}
     given |= {"threshold": threshold, "similarity": similarity, "most": most, "limit": limit, "name": name}
-    given |= {"tile": tile, "overlap": overlap, "workers": workers, "device": device, "precision": precision}
+    given |= {"tile": tile, "overlap": overlap, "num_workers": num_workers, "device": device, "precision": precision}
     run_notebook("mine", new, given | {"tags": tags and Path(tags).absolute(), "batch_size": batch_size})
     found = json.loads((new / "mine.json").read_text())
     lines = [f"{count:7,}  {what}" for what, count in found["counts"].items() if count]
-    after = f"{found['name']}; go on with: neo train --data {found['name']} --weights {near(Path(found['weights']))}"
+    after = (
+        f"{found['name']}; go on with: neo train --data {found['name']} --weights {relative(Path(found['weights']))}"
+    )
     return Result("\n".join([*lines, "", after]), found, new)
 
 # %% ../../nbs/90_cli/05_recipe_commands.ipynb #3339e5fa

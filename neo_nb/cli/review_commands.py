@@ -15,7 +15,7 @@ from typing import Any
 
 from ..base.core import InputError, atomic_write
 from ..base.devices import Precision, check_device
-from .commands import Result, check_port, near, run_notebook
+from .commands import Result, check_port, relative, run_notebook
 
 # %% ../../nbs/90_cli/04_review_commands.ipynb #47a5baa0
 def errors(
@@ -56,7 +56,7 @@ def errors(
     run_notebook("errors", new, given)
     found = json.loads((new / "errors.json").read_text())
     lines = [f"{count:7,}  {name}" for name, count in found["views"].items()]
-    after = f"neo errors {near(of)} --serve   opens them in the App"
+    after = f"neo errors {relative(of)} --serve   opens them in the App"
     return Result("\n".join([*lines, "", after]), found, new)
 
 # %% ../../nbs/90_cli/04_review_commands.ipynb #b92bf43a
@@ -68,7 +68,7 @@ def _pull(fo: Any, of: Path) -> Result:
     with atomic_write(of / "tags.json") as path:
         path.write_text(json.dumps(tags, indent=1) + "\n", encoding="utf-8")
     lines = [f"{len(tags[tag]):5}  images {tag}" for tag in TAGS]
-    return Result("\n".join([*lines, f"{len(tags['boxes']):5}  boxes", near(of / "tags.json")]), tags)
+    return Result("\n".join([*lines, f"{len(tags['boxes']):5}  boxes", relative(of / "tags.json")]), tags)
 
 # %% ../../nbs/90_cli/04_review_commands.ipynb #ef724e90
 PATIENCE = 300  # Seconds for the App's server; FiftyOne's own minute is short on a busy machine

@@ -6,7 +6,7 @@ Policies by name, and the one geometry that they share: every view of an image i
 
 # %% auto #0
 __all__ = ['POLICIES', 'resize_image', 'stack', 'prepare', 'size_for', 'Policy', 'get_policy', 'move_boxes', 'clip_and_filter',
-           'render', 'Sample', 'look', 'flips', 'view', 'make_transform']
+           'render', 'Sample', 'apply_geometry', 'flips', 'sample_geometry', 'make_transform']
 
 # %% ../../nbs/20_data/13_augment.ipynb #44691531
 import functools
@@ -96,16 +96,18 @@ class Policy:
     zoom_out: float = 0.0  # Probability of a smaller image on a black ground
     zoom: float = 2.0  # How many times larger the ground may be
     crop: float = 0.0  # Probability of a window of the image's own proportions
-    window: float = 0.4  # Its smallest side, a fraction of the image's
+    min_crop: float = 0.4  # Its smallest side, a fraction of the image's
     colour: float = 0.0  # Probability of each of the next four
     brightness: float = 0.1  # Largest change, a fraction of white
     contrast: float = 0.1  # Largest change, a fraction
     saturation: float = 0.0  # Largest change, a fraction
     hue: float = 0.0  # Largest turn of the colour circle, a fraction
-    pixels: tuple[tuple[str, dict], ...] = ()  # Transforms of albumentations that move nothing, with their arguments
+    pixel_transforms: tuple[
+        tuple[str, dict], ...
+    ] = ()  # Transforms of albumentations that move nothing, with their arguments
     box_fit: str = "ellipse"  # What a turned box encloses: the "ellipse" in it, or its "corners"
-    visibility: float = 0.3  # An object becomes an ignore region when less than this part of it stays in view
-    side: float = 1.0  # … or when a side is shorter than this, in pixels of the network input
+    min_visibility: float = 0.3  # An object becomes an ignore region when less than this part of it stays in view
+    min_side: float = 1.0  # … or when a side is shorter than this, in pixels of the network input
 
 # %% ../../nbs/20_data/13_augment.ipynb #b063df47
 _MILD = dict(hflip=0.5, affine=0.4, colour=0.5)
@@ -118,7 +120,7 @@ POLICIES = {
     "strong": Policy(hflip=0.5, zoom_out=0.5, crop=0.8, **_DISTORT),
     "camera": Policy(
         **_MILD,
-        pixels=(
+        pixel_transforms=(
             ("GaussianBlur", {"blur_limit": (3, 5), "p": 0.15}),
             ("GaussNoise", {"std_range": (0.01, 0.05), "p": 0.15}),
             ("ImageCompression", {"quality_range": (40, 90), "p": 0.15}),
@@ -171,7 +173,7 @@ def _crop(
     "A window of the same proportions that cuts no object too much."
     h, w = size
     share = rng.choice([0.3, 0.5, 0.7, 0.9])
-    side = rng.uniform(policy.window, 1, trials)
+    side = rng.uniform(policy.min_crop, 1, trials)
     x, y = (1 - side)[:, None].T * rng.uniform(size=(2, trials)) * [[w], [h]]
     good = np.ones(trials, bool)
     if len(boxes):
@@ -212,8 +214,8 @@ def clip_and_filter(
     "The visibility rule."
     cut = clip_boxes(boxes, size)
     sides = cut[:, 2:] - cut[:, :2]
-    enough = box_area(cut) >= policy.visibility * box_area(boxes) * (1 - 1e-6)
-    return cut, (sides > 0).all(1), enough & (sides >= policy.side).all(1)
+    enough = box_area(cut) >= policy.min_visibility * box_area(boxes) * (1 - 1e-6)
+    return cut, (sides > 0).all(1), enough & (sides >= policy.min_side).all(1)
 
 # %% ../../nbs/20_data/13_augment.ipynb #6d041504
 def _covers(matrix: np.ndarray, image: np.ndarray, size: tuple[int, int]) -> bool:
@@ -299,7 +301,7 @@ def _albumentations(rows: str) -> list:
 
 def _pixel_augment(image: np.ndarray, policy: Policy, rng: np.random.Generator) -> np.ndarray:
     "Apply the policy's transforms of albumentations."
-    for transform in _albumentations(repr(policy.pixels)):
+    for transform in _albumentations(repr(policy.pixel_transforms)):
         transform.set_random_seed(int(rng.integers(2**32)))
         image = transform(image=image)["image"]
     return image
@@ -317,7 +319,7 @@ class Sample:
     hidden: int = 0  # Objects of which too little is in view: ignore regions here
 
 
-def look(
+def apply_geometry(
     sample: Sample,
     matrix: Float[np.ndarray, "3 3"],  # Pixels of the image to pixels of the view
     size: tuple[int, int],  # (height, width) of the view
@@ -329,7 +331,7 @@ def look(
 
     def recolour(image: np.ndarray) -> np.ndarray:
         image = image if colours is None else _recolour(image, colours)
-        return _pixel_augment(image, policy, rng) if policy.pixels else image
+        return _pixel_augment(image, policy, rng) if policy.pixel_transforms else image
 
     moved = move_boxes(sample.boxes, matrix, policy.box_fit)
     cut, seen, enough = clip_and_filter(moved, size, policy)
@@ -350,7 +352,7 @@ def flips(
     return np.array([[-1.0 if x else 1.0, 0, w * x], [0, -1.0 if y else 1.0, h * y], [0, 0, 1]])
 
 
-def view(
+def sample_geometry(
     policy: Policy,
     rng: np.random.Generator,
     size: tuple[int, int],  # (height, width) of the content
@@ -382,7 +384,9 @@ def make_transform(
         scaled = _scaled(content[1] / original[1], content[0] / original[0])
         boxes = np.asarray(boxes_xyxy, np.float32).reshape(-1, 4)
         objects = move_boxes(boxes[~np.asarray(iscrowd, bool)], scaled)
-        matrix = view(policy, rng, content, objects) @ scaled
-        return look(Sample(image, boxes, np.asarray(labels), np.asarray(iscrowd, bool)), matrix, content, policy, rng)
+        matrix = sample_geometry(policy, rng, content, objects) @ scaled
+        return apply_geometry(
+            Sample(image, boxes, np.asarray(labels), np.asarray(iscrowd, bool)), matrix, content, policy, rng
+        )
 
     return transform

@@ -331,8 +331,8 @@ def fetch(
 
 def _done(manifest: Manifest) -> set[str]:
     "The archives that are unpacked."
-    raise_or_collect = manifest.folder / ".fetched"
-    return set(raise_or_collect.read_text().splitlines()) if raise_or_collect.is_file() else set()
+    record = manifest.folder / ".fetched"
+    return set(record.read_text().splitlines()) if record.is_file() else set()
 
 
 def _archive_path(manifest: Manifest, archive: Archive) -> Path:

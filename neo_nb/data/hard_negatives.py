@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..base.annotations import Annotations, join
+from ..base.annotations import Annotations, concat
 from ..base.core import InputError, atomic_write, settings
 
 # %% ../../nbs/20_data/05_hard_negatives.ipynb #bda6d7d7
@@ -147,7 +147,7 @@ def apply_mined(
         empty = table.select([])
         more = replace(empty, image_ids=ids, file_names=names, sizes=sizes, offsets=[0] * (len(ids) + 1),
                        tags=None, weights=None)  # fmt: skip
-        table = join([table, more], table.name)
+        table = concat([table, more], table.name)
     rows = {image_id: row for row, image_id in enumerate(table.image_ids.tolist())}
     unknown = [image_id for image_id, _ in mined.weights if image_id not in rows]
     if unknown:

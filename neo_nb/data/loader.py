@@ -98,7 +98,7 @@ class ImageReader:
 
     def __call__(self, row: int) -> Sample:
         "The image and the boxes in its pixels (the cache holds smaller images than the files)."
-        known = self.table.of(row)
+        known = self.table[row]
         if self.cache is None:
             image = read_image(known.path, known.size)
             if image.shape[:2] != known.size:
@@ -209,14 +209,15 @@ class Loader:
     items: DetectionDataset
     order: EpochBatchSampler
     size: tuple[int, int]  # (height, width) of the content; with several sizes, the one to validate at
-    workers: int = 0
+    num_workers: int = 0
     notes: list[str] = field(default_factory=list)  # What was left out, cut, or is unusual
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTED, 0))
 
     def __post_init__(self):
         area = max(h * w for h, w in (pad_to(s, self.items.divisor) for s in self.order.sizes))
-        self._stream = Stream(self.items, self.order, self.workers, 3 * area * self.batch_size, self.order.world_size)
-        self.workers = self._stream.workers
+        batch = 3 * area * self.batch_size  # bytes
+        self._stream = Stream(self.items, self.order, self.num_workers, batch, self.order.world_size)
+        self.num_workers = self._stream.num_workers
         self.notes += self._stream.notes
 
     @property
@@ -242,9 +243,8 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         for packed in self._stream:
             batch = to_batch(packed, self.annotations.sizes)
-            new = {"images": len(batch), "objects": sum(map(len, batch.targets))}
-            new |= {key: packed[key] for key in ("dropped", "hidden")}
-            self.counts = {key: self.counts[key] + new[key] for key in new}
+            new = packed | {"images": len(batch), "objects": sum(map(len, batch.targets))}
+            self.counts = {key: self.counts[key] + new[key] for key in _COUNTED}
             yield batch
 
 # %% ../../nbs/20_data/17_loader.ipynb #287f47d1
@@ -253,14 +253,14 @@ def _max_objects(table: Annotations) -> int:
     return int(np.bincount(table.image_index[~table.iscrowd], minlength=1).max())
 
 # %% ../../nbs/20_data/17_loader.ipynb #d9154619
-def _cached(table: Annotations, size: tuple[int, int], limit: float, resize: Resize) -> tuple[dict | None, str]:
-    "All images, scaled to fit `size`, in one array that workers share; None when it would exceed `limit` GiB."
+def _cached(table: Annotations, size: tuple[int, int], limit: float, resize: Resize) -> tuple[dict | None, list[str]]:
+    "All images, scaled to fit `size`, in one array that num_workers share; None when it would exceed `limit` GiB."
     sizes = np.array([fit((int(h), int(w)), size, resize) for h, w in table.sizes]).reshape(-1, 2)
     sizes = np.minimum(sizes, table.sizes)  # never larger than the file
     places = np.concatenate([[0], np.cumsum(sizes.prod(1) * 3)])
     gib = places[-1] / 2**30
     if gib > limit:
-        return None, f"no cache: {len(table):,} images would take {gib:.3g} GiB of the {limit:g} GiB allowed"
+        return None, [f"no cache: {len(table):,} images would take {gib:.3g} GiB of the {limit:g} GiB allowed"]
     pixels, read = np.empty(places[-1], np.uint8), ImageReader(table)
 
     def store(row: int) -> None:
@@ -269,8 +269,9 @@ def _cached(table: Annotations, size: tuple[int, int], limit: float, resize: Res
 
     with ThreadPoolExecutor(min(8, multiprocessing.cpu_count())) as pool:
         list(pool.map(store, range(len(table))))
-    note = f"cache: {len(table):,} images, {gib * 1024:.0f} MiB"
-    return {"pixels": pixels, "places": places, "sizes": sizes}, note
+    return {"pixels": pixels, "places": places, "sizes": sizes}, [
+        f"cache: {len(table):,} images, {gib * 1024:.0f} MiB"
+    ]
 
 
 def _orientation_mismatches(table: Annotations, size: tuple[int, int]) -> int:
@@ -289,13 +290,13 @@ def make_loader(
     sizes: Sequence[tuple[int, int]] | None = None,  # Multi-scale: one of these for each batch
     shuffle: bool = False,  # A new order each epoch, images as often as the table's weights say
     seed: int = 0,
-    workers: int = 0,  # Processes that read and change images; the result does not depend on it
+    num_workers: int = 0,  # Processes that read and change images; the result does not depend on it
     mosaic: float = 0.0,  # Probability of four images in one
     mixup: float = 0.0,  # Probability of a second image blended in
     max_objects: int | None = None,  # A mosaic or blend with more objects gives way to its one image
     resize: Resize = "letterbox",  # How an image is brought to `size`, as in `fit`
     cache: bool = False,  # Keep the scaled images in memory
-    cache_gib: float = 2.0,  # … unless that takes more than this
+    cache_gib: float = 2.0,  # … unless that takes more
     drop_last: bool = False,  # Leave out the last batch of an epoch when it is not full
     rank: int = 0,
     world_size: int = 1,  # Ranks together make the batches that one process with all of `batch_size` would
@@ -303,26 +304,24 @@ def make_loader(
 ) -> Loader:
     "Batches of a table, the same for the same seed."
     size, scales = check_size(size), [check_size(s) for s in sizes or [size]]
-    if batch_size < 1 or workers < 0 or not 0 <= rank < world_size:
-        found = f"batch_size={batch_size}, workers={workers}, rank={rank} of {world_size}"
+    if batch_size < 1 or num_workers < 0 or not 0 <= rank < world_size:
+        found = f"batch_size={batch_size}, workers={num_workers}, rank={rank} of {world_size}"
         raise InputError(f"expected batch_size ≥ 1, workers ≥ 0 and 0 ≤ rank < world_size, found {found}")
     policy = get_policy(policy)
     table, notes = sanitize_boxes(annotations)
     across = _orientation_mismatches(table, size)
     if across and resize == "letterbox":
         notes.append(f"{across:,} of {len(table):,} images stand across the size {size[0]} x {size[1]}: padded")
-    stored = None
-    if cache:
-        stored, note = _cached(table, tuple(map(max, zip(*scales))), cache_gib, resize)
-        notes.append(note)
+    largest = (max(h for h, _ in scales), max(w for _, w in scales))
+    stored, cache_notes = _cached(table, largest, cache_gib, resize) if cache else (None, [])
+    notes += cache_notes
     items = DetectionDataset(ImageReader(table, stored), policy, divisor, seed, mosaic, mixup, max_objects, resize)
     weights = table.weights if shuffle and (table.weights != 1).any() else None
     if weights is not None and not epoch_length(weights):
         raise InputError("the weights of all images are 0: nothing would be drawn", annotations.name or None)
-    order = EpochBatchSampler(
-        len(table), batch_size, scales, seed, shuffle, drop_last, rank, world_size, weights=weights
-    )
-    loader = Loader(annotations, items, order, size, workers, notes)
+    shared = {"rank": rank, "world_size": world_size, "weights": weights}
+    order = EpochBatchSampler(len(table), batch_size, scales, seed, shuffle, drop_last, **shared)
+    loader = Loader(annotations, items, order, size, num_workers, notes)
     if loader.notes and rank == 0 and not quiet:
         print(f"{annotations.name or 'loader'}: {'; '.join(loader.notes)}", file=sys.stderr)
     return loader

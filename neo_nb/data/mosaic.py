@@ -15,7 +15,7 @@ import numpy as np
 
 from ..base.core import InputError
 from ..base.geometry import Resize, fit
-from .augment import Policy, Sample, flips, get_policy, look
+from .augment import Policy, Sample, apply_geometry, flips, get_policy
 
 # %% ../../nbs/20_data/14_mosaic.ipynb #4c1d7ab6
 def _quarter(
@@ -34,7 +34,7 @@ def _quarter(
     free = np.array([quarter[1] - scale * content[1], quarter[0] - scale * content[0]])  # what is left; often < 0
     x, y = rng.uniform(size=2) * free
     matrix = flips(policy, rng, content) @ np.diag([content[1] / w0, content[0] / h0, 1])
-    return look(sample, np.array([[scale, 0, x], [0, scale, y], [0, 0, 1]]) @ matrix, quarter, policy, rng)
+    return apply_geometry(sample, np.array([[scale, 0, x], [0, scale, y], [0, 0, 1]]) @ matrix, quarter, policy, rng)
 
 # %% ../../nbs/20_data/14_mosaic.ipynb #d077dd0c
 def mosaic(

@@ -76,7 +76,7 @@ def find_copies(
     if not len(table) or not others:
         return {}
     known = [_thumbnails(other, threads) for other in others]
-    files = [str(other.of(row).path) for other, (rows, _) in zip(others, known) for row in rows.tolist()]
+    files = [str(other[row].path) for other, (rows, _) in zip(others, known) for row in rows.tolist()]
     golden, (rows, mine) = np.concatenate([small for _, small in known]), _thumbnails(table, threads)
     bound, found = ON_AVERAGE * (SIDE // 4) ** 2, {}
     for start in range(0, len(mine), block):

@@ -131,7 +131,7 @@ def sheet(
     rows = np.random.default_rng(seed).permutation(len(annotations))[:count]
     images, captions = [], []
     for row in sorted(rows.tolist()):
-        one = annotations.of(row)
+        one = annotations[row]
         boxes = clip_boxes(one.boxes_xyxy, one.size)
         image = read_image(one.path, one.size)
         images.append(draw_boxes(image, boxes, one.labels, annotations.class_names, iscrowd=one.iscrowd))

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from ..base.annotations import PER_BOX, PER_IMAGE, Annotations, fingerprint, open_table, save_table
+from ..base.annotations import PER_BOX, PER_IMAGE, Annotations, fingerprint, load_annotations, save_annotations
 from ..base.core import InputError, atomic_write, settings
 from ..base.draw import save_image
 from .coco import write_coco
@@ -151,9 +151,9 @@ def _table(
     starts = np.searchsorted(columns["tile"], np.arange(len(window) + 1))  # boxes come tile after tile
     counts = np.diff(starts)[rows]
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    check_choice = np.arange(offsets[-1]) + np.repeat(starts[:-1][rows] - offsets[:-1], counts)
-    parent = columns["row"][check_choice]
-    boxes, share, ignore = (columns[key][check_choice] for key in ("boxes", "share", "ignore"))
+    rows_of = np.arange(offsets[-1]) + np.repeat(starts[:-1][rows] - offsets[:-1], counts)
+    parent = columns["row"][rows_of]
+    boxes, share, ignore = (columns[key][rows_of] for key in ("boxes", "share", "ignore"))
     per_image = {key: getattr(annotations, key)[image[rows]] for key in PER_IMAGE if key != "sizes"}
     ids = [tile_id(name, window[row]) for name, row in zip(per_image["image_ids"].tolist(), rows)]
     number = np.arange(len(rows)) - np.searchsorted(rows, rows)
@@ -242,7 +242,7 @@ def make_tiles(
     done = folder / "tiles.json"
     known = json.loads(done.read_text()) if done.is_file() else {}
     if known.get("asked") == wanted:
-        return replace(open_table(folder / "table"), root=folder), TilingStats(**known["said"])
+        return replace(load_annotations(folder / "table"), root=folder), TilingStats(**known["said"])
     table, stats = tile_table(annotations, tile, **rule)
     done.unlink(missing_ok=True)
     shutil.rmtree(folder / "images", ignore_errors=True)
@@ -252,13 +252,13 @@ def make_tiles(
     for image, window in tqdm(places, desc="tiles", unit="tile", disable=not progress, leave=False):
         if origin[image] != row:
             row = origin[image]
-            known_as = annotations.of(row)
+            known_as = annotations[row]
             regions = RegionReader(known_as.path, known_as.size)
         files.append(f"images/{row:06d}-{window[0]}-{window[1]}.jpg")
         if not (folder / files[-1]).exists():
             save_image(regions.read(window), folder / files[-1], quality=95)
     table = replace(table, file_names=np.array(files), root=folder)
-    save_table(replace(table, root=Path(".")), folder / "table")
+    save_annotations(replace(table, root=Path(".")), folder / "table")
     with atomic_write(done) as path:
         path.write_text(json.dumps({"asked": wanted, "said": stats.__dict__}))
     return table, stats

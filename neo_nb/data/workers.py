@@ -38,18 +38,18 @@ def _shared() -> tuple[float, str]:
 
 
 def room(
-    workers: int,  # How many are wanted
+    num_workers: int,  # How many are wanted
     batch: int,  # Bytes of a batch's images
     ranks: int = 1,  # Training processes that share this machine's memory
 ) -> tuple[int, int, list[str]]:  # Workers, batches ahead of each, what to say
     "As many workers as the shared memory has room for."
     free, words = _shared()
-    for number in range(workers, 0, -1):
+    for number in range(num_workers, 0, -1):
         for ahead in (2, 1):
             if (number * ahead + 2) * batch * ranks < free:
-                message = f"{number} of {workers} workers: {words} for batches of {batch / 2**20:,.1f} MiB"
-                return number, ahead, [message] * (number < workers)
-    return 0, 2, [f"no workers: {words} for batches of {batch / 2**20:,.1f} MiB"] * (workers > 0)
+                message = f"{number} of {num_workers} workers: {words} for batches of {batch / 2**20:,.1f} MiB"
+                return number, ahead, [message] * (number < num_workers)
+    return 0, 2, [f"no workers: {words} for batches of {batch / 2**20:,.1f} MiB"] * (num_workers > 0)
 
 # %% ../../nbs/20_data/16_workers.ipynb #431bd5a4
 def _hand_over(packed: dict) -> dict:
@@ -81,11 +81,11 @@ def _explained(error: BaseException, about: str = "") -> BaseException:
         return error.__cause__
     words, message = ", ".join(filter(None, (about, _shared()[1]))), str(error)
     if _LATE in message:
-        remedy = "see whether the disk of the images answers, or choose --workers 0"
+        remedy = "see whether the disk of the images answers, or choose --num-workers 0"
         return InputError(f"no batch came for {PATIENCE / 60:.3g} minutes ({words})", "loader", remedy)
     if isinstance(error, OSError) or ("DataLoader worker" in message and any(part in message for part in _DEAD)):
         reason = message.partition(". ")[0].replace("DataLoader worker", "worker")
-        remedy = "choose fewer workers (--workers 0 for none), or give more memory (docker run --shm-size=1g)"
+        remedy = "choose fewer workers (--num-workers 0 for none), or give more memory (docker run --shm-size=1g)"
         return InputError(f"the processes that read images do not work: {reason} ({words})", "loader", remedy)
     return error
 
@@ -106,10 +106,10 @@ def _say_deaths() -> None:
     signal.signal(signal.SIGCHLD, tell)
 
 # %% ../../nbs/20_data/16_workers.ipynb #278dcc38
-def _loader(items: Any, order: Iterable, workers: int, ahead: int) -> DataLoader:
+def _loader(items: Any, order: Iterable, num_workers: int, ahead: int) -> DataLoader:
     "PyTorch's loader: processes, prefetching, page-locked memory."
     options: dict[str, Any] = {}
-    if workers:
+    if num_workers:
         fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
         options = dict(persistent_workers=True, prefetch_factor=ahead, multiprocessing_context=fork)
         options |= dict(timeout=PATIENCE / 2)
@@ -117,7 +117,7 @@ def _loader(items: Any, order: Iterable, workers: int, ahead: int) -> DataLoader
         items,
         batch_sampler=order,
         collate_fn=_hand_over,
-        num_workers=workers,
+        num_workers=num_workers,
         worker_init_fn=_one_thread,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # of its own: torch's global one must not depend on how often we iterate
@@ -132,21 +132,21 @@ class Stream:
         self,
         items: Any,  # `__getitems__`: the keys of a batch → a dict with `images`, or without
         order: Iterable,  # The keys, batch by batch
-        workers: int,  # Processes that make batches; 0: this one does
+        num_workers: int,  # Processes that make batches; 0: this one does
         batch: int,  # Bytes of a batch's images, at most
         ranks: int = 1,  # Training processes that share this machine's memory
     ):
-        self.workers, ahead, self.notes = room(workers, batch, ranks)
+        self.num_workers, ahead, self.notes = room(num_workers, batch, ranks)
         self.piped = 0  # Batches for which there was no shared memory
-        self.about = f"{self.workers} workers, a batch takes {batch / 2**20:,.1f} MiB"
-        self._loader = _loader(items, order, self.workers, ahead)
+        self.about = f"{self.num_workers} workers, a batch takes {batch / 2**20:,.1f} MiB"
+        self._loader = _loader(items, order, self.num_workers, ahead)
 
     def __iter__(self) -> Iterator[dict]:
         try:
             batches = iter(self._loader)
         except (RuntimeError, OSError) as error:  # without room for so much as a lock
             raise _explained(error, self.about) from error
-        if self.workers:
+        if self.num_workers:
             _say_deaths()
         while (packed := self._next(batches)) is not None:
             yield packed
@@ -164,7 +164,7 @@ class Stream:
         if isinstance(images, np.ndarray):
             self.piped += 1
             if self.piped == 1:
-                more = "docker run --shm-size=1g, or fewer --workers"
+                more = "docker run --shm-size=1g, or fewer --num-workers"
                 print(f"{_shared()[1]}: {self.about}; some come through pipes, slower. More: {more}", file=sys.stderr)
             return packed | {"images": torch.from_numpy(images)}
         return packed | {"images": images.clone()} if images is not None and images.is_shared() else packed

@@ -121,7 +121,10 @@ def _polygon_box(row: list[str], where: str, problems: list[Issue] | None) -> li
         points = np.full((1, 2), np.nan)
     if not np.isfinite(points).all():
         raise_or_collect(
-            problems, "box-not-finite", where, f"a polygon with a value that is no finite number: {' '.join(row)[:60]}"
+            problems,
+            "box-not-finite",
+            where,
+            f"a polygon with a value that is no finite number: {' '.join(row)[:60]}",
         )
         return []
     raise_or_collect(problems, "polygon", where, "a polygon; its bounding box is taken", severity="info")

@@ -278,7 +278,7 @@ def latency(
     calls: dict[str, Callable[[], object]] = {}
     for name, detector in detectors.items():
         batch = prepare([image], detector.size, detector.divisor)
-        calls[f"{name}, network"] = partial(detector.run, batch)
+        calls[f"{name}, network"] = partial(detector.infer, batch)
         calls[f"{name}, from image to boxes"] = partial(detector, [image])
     times = interleave(calls, rounds)
     table = summary(times, next(iter(calls)))

@@ -79,7 +79,7 @@ def _embed(
         some, parts = views[start : start + batch_size], []
         for row, window, _ in some:
             if row != at:
-                known = annotations.of(row)
+                known = annotations[row]
                 regions, at = RegionReader(known.path, known.size), row
             parts.append(regions.read(window))
         batch = prepare(parts, detector.size, detector.divisor, detector.resize)

@@ -95,7 +95,7 @@ def _to_onnx(model: nn.Module, size: tuple[int, int], batch: int | str, max_dets
     network = copy.deepcopy(model).cpu().float().deploy(packed=False).to(memory_format=torch.contiguous_format)
     dynamic = batch == "dynamic"
     # a sample of one would be taken for a size that never changes
-    sample = _sample(size, model.contract.divisor, 2 if dynamic else batch)
+    sample = _sample(size, model.preprocessing.divisor, 2 if dynamic else batch)
     any_batch = {0: torch.export.Dim("batch", min=1, max=1024)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "# The axis name: batch")  # three inputs share it, as they should
@@ -186,7 +186,7 @@ def compare(
     "How far two detectors say the same, as sets; `odd` lists what differs, surest first."
     total, alone, odd, difference, smallest = 0, 0, [], 0.0, 1.0
     for image in range(a.num_images):
-        one, two = a.of(image), b.of(image)
+        one, two = a.for_image(image), b.for_image(image)
         rows, columns, iou = _pairs(one, two, iou_threshold)
         asked = np.maximum(one.scores[rows], two.scores[columns]) >= min_score
         rows, columns, iou = rows[asked], columns[asked], iou[asked]
@@ -327,5 +327,5 @@ def verify_onnx(
     result = prove(expected, predicted, precision, min_score) | {"images": len(images)}
     size = detector.batch or 1
     batch = prepare([images[i % len(images)] for i in range(size)], detector.size, detector.divisor, detector.resize)
-    times = {f"{a.kind}_ms": _milliseconds(a.run, batch, repeats) for a in (reference, detector)}
+    times = {f"{a.kind}_ms": _milliseconds(a.infer, batch, repeats) for a in (reference, detector)}
     return result | {"batch": size} | times

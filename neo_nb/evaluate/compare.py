@@ -97,7 +97,7 @@ def image_counts(
     max_dets: int = 100,  # Detections that count, for each class in each image
 ) -> np.ndarray:  # n 3, int64: right, wrong, not found
     "TP, FP and FN of each image."
-    loud = detections.above(threshold)
+    loud = detections.filter(threshold)
     matches, n = match_detections(loud, annotations, iou_threshold, max_dets), len(annotations)
     masks = (matches.truth >= 0, (matches.truth < 0) & ~matches.ignored)
     predicted = [np.bincount(loud.image_index[mask], minlength=n) for mask in masks]
@@ -176,5 +176,7 @@ def find_changes(
     "Image by image and object by object."
     runs = (first, second)
     counts = [image_counts(r, annotations, t, iou_threshold, max_dets) for r, t in zip(runs, thresholds)]
-    a, b = (match_detections(r.above(t), annotations, iou_threshold, max_dets).found for r, t in zip(runs, thresholds))
+    a, b = (
+        match_detections(r.filter(t), annotations, iou_threshold, max_dets).found for r, t in zip(runs, thresholds)
+    )
     return Changes(*counts, b & ~a, a & ~b)

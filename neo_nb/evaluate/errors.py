@@ -49,7 +49,7 @@ def any_class(
     iou_threshold: float,  # The lowest overlap of interest, above 0
 ) -> tuple[Pairs, Detections, Annotations]:  # Pairs speak of places in `rows`; both tables as if of one class
     "Pairs of some detections with objects of any class, crowd regions left out."
-    some = replace(detections.keep(rows), labels=np.zeros(len(rows), np.int32), class_names=("any",))
+    some = replace(detections.select(rows), labels=np.zeros(len(rows), np.int32), class_names=("any",))
     there = replace(annotations, labels=np.zeros_like(annotations.labels), class_names=("any",), category_ids=())
     pairs = iou_pairs(some, there, iou_threshold, max(len(rows), 1))
     real = ~annotations.iscrowd[pairs.truth]
@@ -77,7 +77,7 @@ def find_errors(
     if not 0 < background_iou < iou_threshold:
         raise InputError(f"background_iou {background_iou} must be above 0 and below iou_threshold {iou_threshold}")
     high = np.flatnonzero(detections.scores >= np.float32(score_threshold))
-    matches = match_detections(detections.keep(high), annotations, iou_threshold, max_dets)
+    matches = match_detections(detections.select(high), annotations, iou_threshold, max_dets)
     kind, truth = np.full(len(detections), NOT_COUNTED, np.uint8), np.full(len(detections), -1)
     iou = np.zeros(len(detections), np.float32)
     kind[high[~matches.ignored]] = IS_RIGHT
@@ -132,7 +132,7 @@ def confusion_matrix(
     max_dets: int = 100,  # Detections that count, for each class in each image
 ) -> np.ndarray:  # k + 1 k + 1, int64: true class by row, class said by column; the last: background
     "Count which class was taken for which."
-    detections = detections.above(score_threshold)
+    detections = detections.filter(score_threshold)
     classes, matches = len(annotations.class_names), match_detections(detections, annotations, iou_threshold, max_dets)
     rows = np.flatnonzero((matches.truth < 0) & ~matches.ignored)
     pairs, some, there = any_class(detections, annotations, rows, iou_threshold)

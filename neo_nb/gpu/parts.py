@@ -38,7 +38,7 @@ class Bench:
     rounds: int = 100  # Calls of each competitor
     small: tuple[int, tuple[int, int]] = (240, (360, 640))  # Drawn scenes for the nano: how many, (height, width)
     large: tuple[int, tuple[int, int]] = (240, (1080, 1920))  # … and for the small model
-    workers: int = 12
+    num_workers: int = 12
     minutes: float = 0.7  # Of the nano's training
     backend: str = "inductor"  # Of torch.compile
     kept: dict[str, Any] = field(default_factory=dict)  # What one part leaves to the next
@@ -59,7 +59,7 @@ def rehearsed(say: Callable[..., None], left: Callable[[], float], folder: Path)
     "The small `Bench`: every part on a CPU."
     nano, scenes = "rtdetr_nano", (8, (64, 96))
     sizes: dict[str, Any] = {"models": (nano, nano), "sizes": ((64, 96),), "batches": (2,), "rounds": 3}
-    sizes |= {"small": scenes, "large": scenes, "workers": 0, "minutes": 0.05, "backend": "eager"}
+    sizes |= {"small": scenes, "large": scenes, "num_workers": 0, "minutes": 0.05, "backend": "eager"}
     return Bench(say, left, folder, "cpu", **sizes)
 
 # %% ../../nbs/85_gpu/00_parts.ipynb #6cb0d326

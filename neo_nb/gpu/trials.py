@@ -44,7 +44,7 @@ def detect(
 ) -> Detections:
     "Detections of a table in a precision, where the model is."
     device = next(model.parameters()).device
-    loader = make_loader(table, size=model.size, divisor=model.contract.divisor, batch_size=8, quiet=True)
+    loader = make_loader(table, size=model.size, divisor=model.preprocessing.divisor, batch_size=8, quiet=True)
     parts = []
     for batch in loader:
         batch = batch.to(device)
@@ -109,7 +109,7 @@ def settings(bench: Bench, **changes: Any) -> TrainConfig:
     "Settings of a training here."
     precision = "bf16" if bench.cuda else "fp32"
     own: dict[str, Any] = {"device": bench.device, "precision": precision, "tracker": "none", "policy": "flip"}
-    own |= {"workers": bench.workers, "repeat": 1, "cache": False}
+    own |= {"num_workers": bench.num_workers, "passes_per_epoch": 1, "cache": False}
     return make_config(**(own | changes))
 
 
@@ -117,7 +117,7 @@ def precision(bench: Bench) -> None:
     "A nano, trained here: AP on CPU and card, in each precision, and how far the detections agree."
     data = scenes(bench, "small")
     size = bench.small[1]
-    lengths = {"epochs": 60 if bench.cuda else 1, "batch_size": 16 if bench.cuda else 4, "repeat": 1}
+    lengths = {"epochs": 60 if bench.cuda else 1, "batch_size": 16 if bench.cuda else 4, "passes_per_epoch": 1}
     config = settings(bench, model="rtdetr_nano", size=size, max_minutes=bench.minutes, cache=True, **lengths)
     record = train(config, bench.folder / "nano", *data)
     bench.say(trained="rtdetr_nano", epochs=record["epochs"], minutes=record["minutes"])
@@ -166,7 +166,7 @@ def out_of_memory(bench: Bench) -> None:
     bench.say(
         batch_size=8,
         went_on_with=trainer.micro,
-        steps=trainer.position["step"],
+        steps=trainer.progress["step"],
     )
 
 # %% ../../nbs/85_gpu/01_trials.ipynb #2fb78915
@@ -220,7 +220,7 @@ def loading(bench: Bench) -> None:
         batch_size=batch,
         policy="flip",
         shuffle=True,
-        workers=bench.workers,
+        num_workers=bench.num_workers,
         quiet=True,
     )
     for _ in loader:  # the workers start here
@@ -230,7 +230,7 @@ def loading(bench: Bench) -> None:
         seen += len(given)
     rate = seen / (time.perf_counter() - begin)
     found = {"loader_images_per_s": rate, "step_images_per_s": batch / middle, "enough": bool(rate > batch / middle)}
-    bench.say(model=bench.models[0], size=size, workers=loader.workers, **found)
+    bench.say(model=bench.models[0], size=size, num_workers=loader.num_workers, **found)
 
 # %% ../../nbs/85_gpu/01_trials.ipynb #6c8a7d15
 def learning(bench: Bench) -> None:
@@ -238,7 +238,7 @@ def learning(bench: Bench) -> None:
     data = scenes(bench, "large")
     minutes = max(0.02, (bench.left() - 30 * bench.cuda) / 60)
     lengths = {"epochs": 40 if bench.cuda else 1, "batch_size": bench.batches[-1], "max_minutes": minutes}
-    rates = {"lr": 2e-4, "backbone_lr": 2e-4, "schedule": "cosine", "clip": 1.0}
+    rates = {"lr": 2e-4, "backbone_lr": 2e-4, "schedule": "cosine", "max_grad_norm": 1.0}
     name = "rtdetr_nano" if not bench.cuda else bench.models[0]
     run = bench.folder / "large_run"
     try:

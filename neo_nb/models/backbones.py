@@ -24,13 +24,13 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, first: bool):
+    def __init__(self, in_channels: int, width: int, stride: int, first: bool):
         super().__init__()
         self.branch = nn.Sequential(
-            ConvNorm(inputs, width, 3, stride, "relu"),
+            ConvNorm(in_channels, width, 3, stride, "relu"),
             ConvNorm(width, width, 3),
         )
-        self.shortcut = make_shortcut(inputs, width, stride, first)
+        self.shortcut = make_shortcut(in_channels, width, stride, first)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
         return (self.branch(x) + self.shortcut(x)).relu()
@@ -41,23 +41,23 @@ class Bottleneck(BasicBlock):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, first: bool):
+    def __init__(self, in_channels: int, width: int, stride: int, first: bool):
         nn.Module.__init__(self)
         self.branch = nn.Sequential(
-            ConvNorm(inputs, width, 1, 1, "relu"),
+            ConvNorm(in_channels, width, 1, 1, "relu"),
             ConvNorm(width, width, 3, stride, "relu"),
             ConvNorm(width, width * 4, 1),
         )
-        self.shortcut = make_shortcut(inputs, width * 4, stride, first)
+        self.shortcut = make_shortcut(in_channels, width * 4, stride, first)
 
 
-def make_shortcut(inputs: int, outputs: int, stride: int, first: bool) -> nn.Module:
+def make_shortcut(in_channels: int, out_channels: int, stride: int, first: bool) -> nn.Module:
     "1x1 in the first block of a stage, after an average where the size halves (the `d` of ResNet-vd); else nothing."
     if not first:
         return nn.Identity()
     if stride == 1:
-        return ConvNorm(inputs, outputs)
-    return nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True), ConvNorm(inputs, outputs))
+        return ConvNorm(in_channels, out_channels)
+    return nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True), ConvNorm(in_channels, out_channels))
 
 # %% ../../nbs/40_models/04_backbones.ipynb #c7d9cb9d
 class ResNetVd(nn.Module):
@@ -79,22 +79,22 @@ class ResNetVd(nn.Module):
             ConvNorm(half, stem, 3, 1, "relu"),
             nn.MaxPool2d(3, 2, 1),
         )
-        self.stages, inputs = nn.ModuleList(), stem
+        self.stages, in_channels = nn.ModuleList(), stem
         count = (4, 8, 16, 32).index(max(strides)) + 1  # later stages would never be seen
         for number, (depth, width) in enumerate(zip(depths[:count], widths)):
             blocks = []
             for i in range(depth):
-                blocks.append(block(inputs, width, 2 if number and i == 0 else 1, first=i == 0))
-                inputs = width * block.expansion
+                blocks.append(block(in_channels, width, 2 if number and i == 0 else 1, first=i == 0))
+                in_channels = width * block.expansion
             self.stages.append(nn.Sequential(*blocks))
         self.wanted, self.strides = [(4, 8, 16, 32).index(s) for s in strides], list(strides)
         self.channels = [widths[i] * block.expansion for i in self.wanted]
-        self.checkpointing = False  # compute a stage's inside again in the backward pass
+        self.grad_checkpointing = False  # compute a stage's inside again in the backward pass
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
         x, maps = self.stem(x), []
         for stage in self.stages:
-            x = checkpointed(stage, x, on=self.checkpointing)
+            x = checkpointed(stage, x, on=self.grad_checkpointing)
             maps.append(x)
         return [maps[i] for i in self.wanted]
 

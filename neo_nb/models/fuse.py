@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['fold_bn', 'fuse', 'compose_1x1', 'FusedCsp', 'FusedTokens', 'keep_maps', 'fuse_linear', 'PackedConv', 'PackedBlock',
-           'pack', 'deploy']
+           'pack']
 
 # %% ../../nbs/40_models/24_fuse.ipynb #337f64c5
 import copy
@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..base.core import InputError
@@ -112,7 +113,7 @@ class FusedTokens(nn.Module):
 
 
 def keep_maps(maps: list[Tensor], strides: Sequence[int]) -> tuple[list[Tensor], dict[int, tuple[int, int]]]:
-    "What `Decoder.tokens` becomes: the maps themselves."
+    "What `Decoder.flatten_levels` becomes: the maps themselves."
     return maps, {stride: (x.shape[-2], x.shape[-1]) for stride, x in zip(strides, maps)}
 
 
@@ -135,7 +136,7 @@ def fuse_linear(
             nn.Sequential(compose_1x1(p, value.weight, value.bias), nn.Identity()) for p in projects
         )
     decoder.enc_output[0] = FusedTokens(projects, decoder.enc_output[0])
-    decoder.tokens = partial(keep_maps, strides=[int(name) for name in decoder.project])
+    decoder.flatten_levels = partial(keep_maps, strides=[int(name) for name in decoder.project])
     decoder.project = nn.ModuleDict()
 
 # %% ../../nbs/40_models/24_fuse.ipynb #19e079bb
@@ -188,6 +189,7 @@ def pack(
     return module
 
 # %% ../../nbs/40_models/24_fuse.ipynb #14e877bb
+@patch
 @torch.no_grad()
 def deploy(
     self: RTDETR,
@@ -212,6 +214,3 @@ def deploy(
         pack(model)
     model.train = lambda mode=True: model  # it stays what it is
     return model
-
-
-RTDETR.deploy = deploy

@@ -22,13 +22,13 @@ from .layers import ConvNorm, checkpointed
 class HgStem(nn.Module):
     "From the image to stride 4."
 
-    def __init__(self, inner: int, outputs: int):
+    def __init__(self, inner: int, out_channels: int):
         super().__init__()
         self.first = ConvNorm(3, inner, 3, 2, "relu")
         self.narrow = ConvNorm(inner, inner // 2, 2, 1, "relu")
         self.wide = ConvNorm(inner // 2, inner, 2, 1, "relu")
         self.merge = ConvNorm(2 * inner, inner, 3, 2, "relu")
-        self.last = ConvNorm(inner, outputs, 1, 1, "relu")
+        self.last = ConvNorm(inner, out_channels, 1, 1, "relu")
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d h2 w2"]:
         x = bottom_right(self.first(x))
@@ -46,9 +46,9 @@ class HgBlock(nn.Module):
 
     def __init__(
         self,
-        inputs: int,
+        in_channels: int,
         inner: int,  # Width of each layer
-        outputs: int,
+        out_channels: int,
         kernel: int,
         light: bool,  # Pointwise and depthwise instead of whole convolutions
         residual: bool,  # Add the input to the result
@@ -56,12 +56,12 @@ class HgBlock(nn.Module):
     ):
         super().__init__()
         self.residual, self.layers = residual, nn.ModuleList()
-        for width in [inputs] + [inner] * (layers - 1):
+        for width in [in_channels] + [inner] * (layers - 1):
             self.layers.append(
                 light_layer(width, inner, kernel) if light else ConvNorm(width, inner, kernel, 1, "relu")
             )
-        self.squeeze = ConvNorm(inputs + layers * inner, outputs // 2, 1, 1, "relu")
-        self.excite = ConvNorm(outputs // 2, outputs, 1, 1, "relu")
+        self.squeeze = ConvNorm(in_channels + layers * inner, out_channels // 2, 1, 1, "relu")
+        self.excite = ConvNorm(out_channels // 2, out_channels, 1, 1, "relu")
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
         heard = [x]
@@ -71,9 +71,12 @@ class HgBlock(nn.Module):
         return y + x if self.residual else y
 
 
-def light_layer(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
+def light_layer(in_channels: int, out_channels: int, kernel: int) -> nn.Sequential:
     "A 1x1 convolution that stays linear, then a depthwise one."
-    return nn.Sequential(ConvNorm(inputs, outputs), ConvNorm(outputs, outputs, kernel, 1, "relu", groups=outputs))
+    return nn.Sequential(
+        ConvNorm(in_channels, out_channels),
+        ConvNorm(out_channels, out_channels, kernel, 1, "relu", groups=out_channels),
+    )
 
 # %% ../../nbs/40_models/02_hgnet.ipynb #8e437c33
 class HgStage(nn.Module):
@@ -81,19 +84,19 @@ class HgStage(nn.Module):
 
     def __init__(
         self,
-        inputs: int,
+        in_channels: int,
         inner: int,
-        outputs: int,
+        out_channels: int,
         blocks: int,  # The first without, the others with a residual
         kernel: int,
         light: bool,
         halve: bool = True,
     ):
         super().__init__()
-        self.down = ConvNorm(inputs, inputs, 3, 2, groups=inputs) if halve else nn.Identity()
-        widths = [inputs] + [outputs] * (blocks - 1)
+        self.down = ConvNorm(in_channels, in_channels, 3, 2, groups=in_channels) if halve else nn.Identity()
+        widths = [in_channels] + [out_channels] * (blocks - 1)
         self.blocks = nn.Sequential(
-            *(HgBlock(width, inner, outputs, kernel, light, residual=i > 0) for i, width in enumerate(widths))
+            *(HgBlock(width, inner, out_channels, kernel, light, residual=i > 0) for i, width in enumerate(widths))
         )
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
@@ -113,20 +116,22 @@ class HGNetV2(nn.Module):
     ):
         super().__init__()
         self.stem = HgStem(*stem)
-        self.stages, inputs = nn.ModuleList(), stem[1]
+        self.stages, in_channels = nn.ModuleList(), stem[1]
         count = (4, 8, 16, 32).index(max(strides)) + 1
-        for number, (width, depth, outputs) in enumerate(zip(inner[:count], blocks, widths)):
+        for number, (width, depth, out_channels) in enumerate(zip(inner[:count], blocks, widths)):
             deep = number >= 2  # large kernels, light layers
-            self.stages.append(HgStage(inputs, width, outputs, depth, 5 if deep else 3, deep, halve=number > 0))
-            inputs = outputs
+            self.stages.append(
+                HgStage(in_channels, width, out_channels, depth, 5 if deep else 3, deep, halve=number > 0)
+            )
+            in_channels = out_channels
         self.wanted, self.strides = [(4, 8, 16, 32).index(s) for s in strides], list(strides)
         self.channels = [widths[i] for i in self.wanted]
-        self.checkpointing = False
+        self.grad_checkpointing = False
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
         x, maps = self.stem(x), []
         for stage in self.stages:
-            x = checkpointed(stage, x, on=self.checkpointing)
+            x = checkpointed(stage, x, on=self.grad_checkpointing)
             maps.append(x)
         return [maps[i] for i in self.wanted]
 

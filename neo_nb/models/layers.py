@@ -6,8 +6,8 @@ The bricks of the detectors: convolution blocks, a position embedding for any he
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'ConvNorm', 'RepVggBlock', 'CspRepLayer', 'Mlp', 'cache_by_size', 'position_embedding', 'SelfAttention',
-           'own_precision', 'DeformableAttention', 'forward', 'places', 'values', 'bilinear', 'nearest_tokens',
-           'sample', 'inverse_sigmoid', 'checkpointed']
+           'own_precision', 'DeformableAttention', 'bilinear', 'nearest_tokens', 'sample', 'inverse_sigmoid',
+           'checkpointed']
 
 # %% ../../nbs/40_models/00_layers.ipynb #a263dfaf
 import math
@@ -17,6 +17,7 @@ from functools import lru_cache, wraps
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -47,15 +48,15 @@ class ConvNorm(nn.Sequential):
 
     def __init__(
         self,
-        inputs: int,  # Channels in
-        outputs: int,  # Channels out
+        in_channels: int,  # Channels in
+        out_channels: int,  # Channels out
         kernel: int = 1,  # Side of the kernel; padding keeps the size at stride 1
         stride: int = 1,
         activation: str | None = None,  # A key of `ACTIVATIONS`
         groups: int = 1,  # `inputs` for a depthwise convolution
     ):
-        conv = nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
-        super().__init__(conv, nn.BatchNorm2d(outputs), ACTIVATIONS[activation]())
+        conv = nn.Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(out_channels), ACTIVATIONS[activation]())
 
     def forward(self, x: Float[Tensor, "b c h0 w0"]) -> Float[Tensor, "b d h w"]:
         conv, norm, activate = self
@@ -84,19 +85,20 @@ class CspRepLayer(nn.Module):
 
     def __init__(
         self,
-        inputs: int,  # Channels of both maps together
-        outputs: int,
+        in_channels: int,  # Channels of both maps together
+        out_channels: int,
         blocks: int = 3,  # RepVGG blocks
         expansion: float = 1.0,  # Width of the branches as a share of `outputs`
         activation: str = "silu",
     ):
         super().__init__()
-        hidden = int(outputs * expansion)
+        hidden = int(out_channels * expansion)
         self.deep = nn.Sequential(
-            ConvNorm(inputs, hidden, activation=activation), *(RepVggBlock(hidden, activation) for _ in range(blocks))
+            ConvNorm(in_channels, hidden, activation=activation),
+            *(RepVggBlock(hidden, activation) for _ in range(blocks)),
         )
-        self.short = ConvNorm(inputs, hidden, activation=activation)
-        self.out = ConvNorm(hidden, outputs, activation=activation) if hidden != outputs else nn.Identity()
+        self.short = ConvNorm(in_channels, hidden, activation=activation)
+        self.out = ConvNorm(hidden, out_channels, activation=activation) if hidden != out_channels else nn.Identity()
 
     def forward(
         self,
@@ -112,8 +114,8 @@ class CspRepLayer(nn.Module):
 class Mlp(nn.Sequential):
     "Linear layers with ReLU between them."
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, layers: int):
-        widths = [inputs] + [hidden] * (layers - 1) + [outputs]
+    def __init__(self, in_channels: int, hidden: int, out_channels: int, layers: int):
+        widths = [in_channels] + [hidden] * (layers - 1) + [out_channels]
         pairs = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.ReLU())]
         super().__init__(*pairs[:-1])
 
@@ -225,6 +227,7 @@ class DeformableAttention(nn.Module):
         nn.init.xavier_uniform_(self.out.weight)
 
 # %% ../../nbs/40_models/00_layers.ipynb #d75e1909
+@patch
 def forward(
     self: DeformableAttention,
     query: Float[Tensor, "b q d"],  # With its position
@@ -235,10 +238,11 @@ def forward(
 ) -> Float[Tensor, "b q d"]:
     maps, places = self.values(memory, shapes, valid), self.places(query, reference)
     weights = self.weights(query).unflatten(-1, (self.heads, -1)).float().softmax(-1)
-    check_choice = nearest_tokens if self.sampling == "discrete" else bilinear
-    return self.out(sample(maps, places, weights, self.points, check_choice).to(query.dtype))
+    sampler = nearest_tokens if self.sampling == "discrete" else bilinear
+    return self.out(sample(maps, places, weights, self.points, sampler).to(query.dtype))
 
 
+@patch
 def places(
     self: DeformableAttention,
     query: Float[Tensor, "b q d"],
@@ -250,6 +254,7 @@ def places(
     return centre + offsets * (size * self.scale)
 
 
+@patch
 def values(
     self: DeformableAttention,
     memory: Float[Tensor, "b t d"] | list[Tensor],
@@ -266,9 +271,6 @@ def values(
         masks = valid[:, None].split([height * width for height, width in shapes], -1)
         maps = [x * mask.unflatten(-1, size).to(x.dtype) for x, mask, size in zip(maps, masks, shapes)]
     return [x.unflatten(1, (self.heads, -1)).flatten(0, 1) for x in maps]
-
-
-DeformableAttention.forward, DeformableAttention.values, DeformableAttention.places = forward, values, places
 
 # %% ../../nbs/40_models/00_layers.ipynb #0dee7503
 def bilinear(
@@ -333,12 +335,12 @@ def _freeze_bn_stats(module: nn.Module) -> Iterator[None]:
 
 def checkpointed(
     module: nn.Module,
-    *inputs: object,
+    *in_channels: object,
     on: bool = True,  # False: an ordinary call
 ) -> object:  # What the module returns
     "Call a module; in training, and if `on`, its inside is computed again in the backward pass."
     if not (on and module.training and torch.is_grad_enabled()):
-        return module(*inputs)
+        return module(*in_channels)
     return checkpoint(
-        module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _freeze_bn_stats(module))
+        module, *in_channels, use_reentrant=False, context_fn=lambda: (nullcontext(), _freeze_bn_stats(module))
     )

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastcore.basics import patch
+
 from ..base.annotations import Annotations, fingerprint
 from ..base.core import InputError, atomic_write, check_choice, suggest
 from ..data.batch import Batch
@@ -67,8 +69,8 @@ def get_variant(
         from neo_nb.models.transformers_reference import PEERS
 
         check_choice(row.peer, PEERS, "peer")
-    if row.position not in (None, "published"):
-        raise InputError(f"no such position embedding: {row.position!r}", row.name, "leave it out, or say published")
+    if row.progress not in (None, "published"):
+        raise InputError(f"no such position embedding: {row.progress!r}", row.name, "leave it out, or say published")
     return row
 
 
@@ -94,7 +96,7 @@ class TimedTrainer(Trainer):
     ) -> list[dict[str, Any]]:  # updates, cpu_minutes, AP, AP50, loss of each evaluation
         "Train for a time, evaluating on the way."
         total, spent, start, rows = 60 * minutes, 0.0, 0.0, []
-        batches, at = self._batches(), self.position
+        batches, at = self._batches(), self.progress
         self.model.train()
         while spent < total:
             begin = time.process_time()
@@ -117,31 +119,31 @@ class TimedTrainer(Trainer):
         return rows
 
 # %% ../../nbs/80_recipes/00_equal_time.ipynb #7f73fe31
+@patch
 def _batches(self: TimedTrainer) -> Iterator[list[Batch]]:
     "The batches of one update after the other, without end; of the new loader when there is one."
     for number in itertools.count():
         loader = self.loader
         loader.set_epoch(number)
-        for batches in chunks(loader, self.accumulation):
+        for batches in chunks(loader, self.grad_accum_steps):
             yield batches
             if self.loader is not loader:
                 break
 
 
+@patch
 def _plan(self: TimedTrainer, pace: float, left: float) -> None:
     "Set schedule and averaging to the updates that there is time for."
-    self.total = self.position["step"] + max(1, round(left / pace))
+    self.total = self.progress["step"] + max(1, round(left / pace))
     self.ema.ramp = max(self.config.ema_warmup * self.total, 1.0)
 
 
+@patch
 def _score(self: TimedTrainer) -> dict[str, float]:
     "What the averaged weights are worth now, and the mean loss since the last time."
     metrics = evaluate(self.predict(self.val_table), self.val_table, max_dets=self.config.max_dets)
     loss, self.sums = self.sums["loss"] / self.sums["updates"], {}
     return {"AP": metrics["AP"], "AP50": metrics["AP50"], "loss": loss}
-
-
-TimedTrainer._batches, TimedTrainer._plan, TimedTrainer._score = _batches, _plan, _score
 
 # %% ../../nbs/80_recipes/00_equal_time.ipynb #2424ee58
 def published_position_embedding(
@@ -165,7 +167,7 @@ def run_one(
     "Train one competitor with one seed."
     entrant, config = Variant(**job["competitor"]), TrainConfig(**job["config"])
     train_table, val_table = load_dataset(job["data"], "train"), load_dataset(job["data"], "val")
-    if entrant.position == "published":
+    if entrant.progress == "published":
         from neo_nb.models.rtdetr import hybrid_encoder
 
         hybrid_encoder.position_embedding = published_position_embedding
@@ -202,7 +204,7 @@ def _work() -> None:
     run_one(json.loads(path.read_text()), path.with_suffix(".result.json"))
 
 # %% ../../nbs/80_recipes/00_equal_time.ipynb #207aa752
-OWN = {"device": "cpu", "workers": 0, "cache": True, "tracker": "none"}  # What a fair clock asks of everybody
+OWN = {"device": "cpu", "num_workers": 0, "cache": True, "tracker": "none"}  # What a fair clock asks of everybody
 
 
 def equal_time(

@@ -74,7 +74,7 @@ class Recipe:
         "The settings of a step's training, but for how long."
         from neo_nb.train.config import make_config
 
-        asked: dict[str, Any] = {"best_by": "F1", "tracker": "none", "seed": seed} | dict(self.settings)
+        asked: dict[str, Any] = {"monitor": "F1", "tracker": "none", "seed": seed} | dict(self.settings)
         asked["size"] = tuple(round(side * step.zoom) for side in self.size)
         if step.after:
             asked |= {"weights": str(folder / f"{step.after}-{seed}"), "freeze_epochs": 1}
@@ -135,9 +135,9 @@ def mine_tiles(
     import numpy as np
 
     from neo_nb.data.tiles import parse_tile_id
-    from neo_nb.recipes.mine_round import MiningPool, choose_from, gather
+    from neo_nb.recipes.mine_round import MiningPool, build_pool, choose_from
 
-    images, table = gather(recipe.data, "train"), tiles_of(recipe, "train", folder, more=True)
+    images, table = build_pool(recipe.data, "train"), tiles_of(recipe, "train", folder, more=True)
     row = {str(name): i for i, name in enumerate(images.table.image_ids.tolist())}
     of = np.array([row[parse_tile_id(str(tile))[0]] for tile in table.image_ids])
     refused = {reason: mask[of] for reason, mask in images.refused.items()}
@@ -170,7 +170,7 @@ def _updates(config: Any, table: Any) -> Iterator[float]:
     loop.model.train()
     while True:
         start = clock()
-        for batches in chunks(loop.loader, loop.accumulation):
+        for batches in chunks(loop.loader, loop.grad_accum_steps):
             float(loop.update(batches)[0]["loss"])  # reading it waits for the device
             yield clock() - start
             start = clock()
@@ -217,7 +217,7 @@ def plan(
 ) -> tuple[Any, int]:  # Annotations, an epoch of which is a fifth of the time; updates in all
     "What is trained on, with weights that make an epoch as long as there is time for."
     updates = max(1, round(minutes * 60 / pace / EVALUATIONS))
-    images = updates * config.batch_size * config.accumulation
+    images = updates * config.batch_size * config.grad_accum_steps
     scaled = table.weights * (images / table.weights.sum(dtype=float))
     return replace(table, weights=scaled), updates * EVALUATIONS
 
@@ -277,7 +277,7 @@ def run_step(
     table, val = _tables(recipe, step, seed, folder, found)
     pace = paces(recipe, [step], folder)[_kind(step)]
     planned, updates = plan(config, table, recipe.minutes, pace)
-    trained = train(config.model_copy(update={"epochs": EVALUATIONS, "repeat": 1}), own, planned, val)
+    trained = train(config.model_copy(update={"epochs": EVALUATIONS, "passes_per_epoch": 1}), own, planned, val)
     if trained["interrupted"]:
         raise SystemExit("stopped; the steps that are done are kept")
     row = {"step": step.name, "seed": seed} | _judge(recipe, step, own) | {"updates": updates}
@@ -334,7 +334,7 @@ def step_latency(
     from neo_nb.deploy.benchmark import interleave
 
     golden = load_dataset(recipe.data, recipe.golden)
-    image = read_image(golden.of(int(golden.sizes.prod(1).argmax())).path)
+    image = read_image(golden[int(golden.sizes.prod(1).argmax())].path)
     detectors = {s.name: detector_of(recipe, s, Path(folder) / f"{s.name}-{seed}") for s in steps}
     times = interleave({name: partial(detector, [image]) for name, detector in detectors.items()}, rounds)
     import pandas as pd

@@ -166,7 +166,7 @@ def _image(f: Findings, row: int, template: dict[str, Any]) -> dict[str, Any]:
     height, width = t.sizes[row].tolist()
     total = 2 * right + wrong + missed
     return {
-        "filepath": str(t.of(row).path.absolute()), "tags": str(t.tags[row]).split(), "row": row,
+        "filepath": str(t[row].path.absolute()), "tags": str(t.tags[row]).split(), "row": row,
         "image_id": str(t.image_ids[row]), "metadata": template["metadata"] | {"height": height, "width": width},
         "f1": 2 * right / total if total else 1.0, "right": right, "wrong": wrong, "missed": missed,
         "errors": wrong + missed, "eval_tp": right, "eval_fp": wrong, "eval_fn": missed,

@@ -77,14 +77,14 @@ def draw_case(
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     shape = [max(1, round(length * scale)) for length in part.shape[1::-1]]
     part = cv2.resize(part, shape, interpolation=way)
-    truth, predicted = annotations.select([case.image]), detections.of(case.image)
+    truth, predicted = annotations.select([case.image]), detections.for_image(case.image)
     shift = np.array([left, top] * 2, np.float32)
     moved = Annotations(truth.image_ids, truth.file_names, truth.sizes, truth.offsets,
                         (truth.boxes_xyxy - shift) * scale, truth.labels, truth.class_names, truth.category_ids,
                         iscrowd=truth.iscrowd)  # fmt: skip
     seen = Detections(predicted.image_index, (predicted.boxes_xyxy - shift) * scale, predicted.scores, predicted.labels, 1,
                       predicted.class_names)  # fmt: skip
-    photo = draw_detections(part, moved.of(0), seen, annotations.class_names, threshold)
+    photo = draw_detections(part, moved[0], seen, annotations.class_names, threshold)
     box = ((np.array(case.box_xyxy) - shift) * scale).round().astype(int)
     cv2.rectangle(photo, tuple(box[:2].tolist()), tuple(box[2:].tolist()), (255, 255, 255), 1)
     return photo
@@ -106,7 +106,7 @@ def save_gallery(
     written, row, image = [], -1, None
     for kind, number, case in sorted(numbered, key=lambda entry: entry[2].image):
         if case.image != row:
-            row, image = case.image, read_image(annotations.of(case.image).path)
+            row, image = case.image, read_image(annotations[case.image].path)
         photo = draw_case(image, case, detections, annotations, threshold)
         words = [f"{number:03d}", case.kind, case.label, f"{case.score:.2f}" if case.score >= 0 else "",
                  str(annotations.image_ids[case.image])]  # fmt: skip

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from fastcore.basics import patch
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellExecutionError
@@ -147,6 +148,7 @@ class Client(PapermillNotebookClient):
         return last
 
 # %% ../../nbs/70_runs/01_execution.ipynb #c1a5ca5e
+@patch
 def _ask(self: Client, expression: str) -> str:
     "The kernel's answer to an expression; empty when it does not answer."
     time.sleep(0.2)  # after an error a kernel drops what waits in its queue
@@ -154,9 +156,6 @@ def _ask(self: Client, expression: str) -> str:
     reply = self.wait_for_reply(message)
     answer = (reply or {"content": {}})["content"].get("user_expressions", {}).get("answer", {})
     return answer.get("data", {}).get("text/plain", "")
-
-
-Client._ask = _ask
 
 # %% ../../nbs/70_runs/01_execution.ipynb #e8d52332
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ class Target(BaseModel):
     device: Literal["cpu", "cuda"]
     precision: Literal["fp32", "fp16", "bf16"]  # Of training
     global_batch: int  # Images per update: of all steps and processes together
-    workers: int  # Loader processes of each training process, at most
+    num_workers: int  # Loader processes of each training process, at most
     memory_gb: float  # What a training may use, of one card or of the machine
     max_side: int | None = None  # Pixels of the longer side, whatever the data's size
     max_pixels: int | None = None  # Largest area of the content; smaller data keeps its size
@@ -44,24 +44,24 @@ _CUDA = {"device": "cuda", "max_pixels": _HD, "onnx": "CUDAExecutionProvider, fp
 _MACHINES = (
     Target(
         name="cpu", title="CPU, two cores or more", device="cpu", precision="fp32",
-        global_batch=8, workers=0, max_side=320, memory_gb=4,
+        global_batch=8, num_workers=0, max_side=320, memory_gb=4,
         onnx="CPUExecutionProvider, fp32", tensorrt="none",
     ),
     Target(
-        name="t4", title="NVIDIA T4, 16 GB", precision="fp16", global_batch=8, workers=4, memory_gb=14,
+        name="t4", title="NVIDIA T4, 16 GB", precision="fp16", global_batch=8, num_workers=4, memory_gb=14,
         card=r"\bT4\b", tensorrt="SM75: fp16; no matrix product in fp32 in the graph", **_CUDA,
     ),
     Target(
-        name="rtx4000_ada", title="NVIDIA RTX 4000 SFF Ada, 20 GB", precision="bf16", global_batch=8, workers=8,
+        name="rtx4000_ada", title="NVIDIA RTX 4000 SFF Ada, 20 GB", precision="bf16", global_batch=8, num_workers=8,
         memory_gb=18, card=r"RTX 4000 (SFF )?Ada",
         tensorrt="SM89: fp16, int8, fp8; can be built without the card", **_CUDA,
     ),
     Target(
-        name="jetson_thor", title="NVIDIA Jetson Thor, 128 GB shared", precision="bf16", global_batch=8, workers=8,
+        name="jetson_thor", title="NVIDIA Jetson Thor, 128 GB shared", precision="bf16", global_batch=8, num_workers=8,
         memory_gb=96, card=r"\bThor\b", tensorrt="SM110: fp16, int8, fp8; built on the device", **_CUDA,
     ),
     Target(
-        name="h200", title="NVIDIA H200, 141 GB", precision="bf16", global_batch=16, workers=12, memory_gb=130,
+        name="h200", title="NVIDIA H200, 141 GB", precision="bf16", global_batch=16, num_workers=12, memory_gb=130,
         card=r"\bH200\b", tensorrt="SM90: fp16, int8, fp8; built on the device", **_CUDA,
     ),
 )  # fmt: skip
@@ -79,7 +79,7 @@ def card_target(
     batch, built = 16 if memory >= 72 else 8, f"SM{major}{minor}: see the other rows; built on the device"
     precision = card_precision(card.capability)
     return Target(
-        name=name, title=str(card), precision=precision, global_batch=batch, workers=8, memory_gb=memory,
+        name=name, title=str(card), precision=precision, global_batch=batch, num_workers=8, memory_gb=memory,
         tensorrt=built, **_CUDA,
     )  # fmt: skip
 
@@ -174,7 +174,7 @@ def training_settings(
     asked: Mapping[str, Any] | None = None,  # Settings of `TrainConfig` that were requested, by name
     processes: int = 1,  # Training processes, each with a card of its own
     cores: int | None = None,  # Of this machine; counted when None
-) -> dict[str, object]:  # device, precision, batch_size, accumulation, workers, size
+) -> dict[str, object]:  # device, precision, batch_size, grad_accum_steps, num_workers, size
     "The settings of a training on this target with these images."
     asked = {key: value for key, value in (asked or {}).items() if value is not None}
     precision = asked.get("precision", "auto")
@@ -190,8 +190,8 @@ def training_settings(
         "device": target.device,
         "precision": precision,
         "batch_size": batch,
-        "accumulation": steps,
-        "workers": min(target.workers, room),
+        "grad_accum_steps": steps,
+        "num_workers": min(target.num_workers, room),
         "size": size,
     }
 
@@ -207,10 +207,9 @@ def settings_line(
     size, batch = settings["size"], settings["batch_size"]
     need = training_memory(model, size, batch, settings["precision"])
     parts = [f"target {target.name} ({target.title}): {settings['precision']}, {size[0]} x {size[1]} pixels"]
-    parts += [
-        f"{batch} images per step x {settings['accumulation']}" + (f" x {processes} processes" * (processes > 1))
-    ]
-    parts += [f"{settings['workers']} workers", f"about {need:.1f} of {target.memory_gb:g} GB"]
+    shared = f" x {processes} processes" if processes > 1 else ""
+    parts.append(f"{batch} images per step x {settings['grad_accum_steps']}{shared}")
+    parts += [f"{settings['num_workers']} workers", f"about {need:.1f} of {target.memory_gb:g} GB"]
     if card is not None and target.device == "cuda" and card.count > processes:
         parts.append(f"{card.count} GPUs are here: --gpus all uses them")
     return "; ".join(parts)

@@ -107,7 +107,7 @@ def _detect(detector: Any, files: Sequence[Path], start: int, count: int, run: P
     found = detector(images)
     rows = []
     for i, (path, image) in enumerate(zip(part, images)):
-        boxes = found.of(i).above(threshold)
+        boxes = found.for_image(i).filter(threshold)
         drawn = draw_detections(image, None, boxes, detector.class_names, threshold=threshold)
         save_image(drawn, run / "images" / f"{start + i:04d}-{path.stem}.jpg")
         rows.append(

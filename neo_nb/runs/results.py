@@ -100,9 +100,9 @@ def draw_images(
 
     images = []
     for row in rows:
-        truth = annotations.of(row)
+        truth = annotations[row]
         image = draw_detections(
-            read_image(truth.path), truth, detections.of(row), annotations.class_names, threshold=threshold
+            read_image(truth.path), truth, detections.for_image(row), annotations.class_names, threshold=threshold
         )
         scale = min(1.0, max_side / max(image.shape[:2]))
         if scale < 1:
@@ -202,7 +202,9 @@ def crop_features(
     wrong = np.flatnonzero((errors.kind != IS_RIGHT) & (errors.kind != NOT_COUNTED))
     source = read_record(run).get("config", {}).get("detector", run)
     try:
-        vectors = embed_boxes(load_detector(source, device, precision=precision), annotations, detections.keep(wrong))
+        vectors = embed_boxes(
+            load_detector(source, device, precision=precision), annotations, detections.select(wrong)
+        )
     except InputError as error:
         print(f"no map of errors: {error}")
         return None

@@ -181,7 +181,7 @@ def run_notebook(
     "The notebook of a command: `nbs/runs/NAME.ipynb` of the workspace, or of the package's own checkout."
     if str(name).endswith(".ipynb"):
         return Path(name)
-    package = Path(__file__).parents[1] if "__file__" in globals() else workspace_root()
+    package = Path(__file__).parents[2] if "__file__" in globals() else workspace_root()
     folders = [root / "nbs" / "runs" for root in (workspace_root(), package)]
     found = [folder / f"{name}.ipynb" for folder in folders if (folder / f"{name}.ipynb").is_file()]
     if not found:

@@ -17,7 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ..base.annotations import Annotations, open_table, save_table
+from ..base.annotations import Annotations, load_annotations, save_annotations
 from ..base.core import InputError, atomic_write
 
 # %% ../../nbs/10_synthetic/00_cached_split.ipynb #b085f6be
@@ -51,7 +51,7 @@ def drawn_split(
         _write(folder, wanted["num_images"], draw, class_names, name)
         with atomic_write(record) as path:
             path.write_text(json.dumps(wanted))
-    table = open_table(folder / "table")
+    table = load_annotations(folder / "table")
     return Annotations(**(vars(table) | {"root": folder / "images", "name": name, "source": str(folder)}))
 
 
@@ -68,4 +68,4 @@ def _write(folder: Path, count: int, draw: Callable[[int], Drawing], class_names
     boxes, labels, iscrowd = map(np.concatenate, parts)
     offsets, ids = np.cumsum([0, *map(len, parts[0])]), np.arange(1, count + 1)
     more = {"iscrowd": iscrowd, "tags": tags, "name": name}
-    save_table(Annotations(ids, names, sizes, offsets, boxes, labels, class_names, **more), folder / "table")
+    save_annotations(Annotations(ids, names, sizes, offsets, boxes, labels, class_names, **more), folder / "table")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../../nbs/10_synthetic/01_people.ipynb #294f7eac
 Colour = tuple[int, int, int]  # RGB, 0..255
@@ -23,7 +24,7 @@ class Canvas:
 
     def __init__(
         self,
-        unit: float,  # Pixels a unit in the finished patch
+        unit: float,  # Pixels a unit in the finished cutout
         extent: tuple[float, float, float, float],  # x1, y1, x2, y2 of the sheet, in units
     ):
         self.zoom = 4 if unit < 40 else 3 if unit < 100 else 2
@@ -52,7 +53,8 @@ class Canvas:
             cv2.polylines(sheet, [self._points(points)], False, ink, thickness, shift=4)
 
 # %% ../../nbs/10_synthetic/01_people.ipynb #7d8a69e5
-def _ellipse(
+@patch
+def ellipse(
     self: Canvas,
     centre: tuple[float, float],  # x, y
     radii: tuple[float, float],  # Half width, half height
@@ -66,20 +68,18 @@ def _ellipse(
         cv2.ellipse(sheet, (x, y), (a, b), 0, arc[0], arc[1], ink, -1, shift=4)
 
 
-def _finish(self: Canvas) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
-    "The shrunken patch (RGB already multiplied by its alpha), its mask, and where (0, 0) lies in it: x, y in pixels."
+@patch
+def finish(self: Canvas) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
+    "The shrunken cutout (RGB already multiplied by its alpha), its mask, and where (0, 0) lies in it: x, y in pixels."
     x, y, w, h = cv2.boundingRect(self.pixels[..., 3])
     z = self.zoom
     x1, y1, x2, y2 = x // z * z, y // z * z, -(-(x + w) // z) * z, -(-(y + h) // z) * z
     size = (max(1, (x2 - x1) // z), max(1, (y2 - y1) // z))
     region = (slice(y1, max(y2, y1 + z)), slice(x1, max(x2, x1 + z)))
-    patch = cv2.resize(self.pixels[region], size, interpolation=cv2.INTER_AREA)
+    cutout = cv2.resize(self.pixels[region], size, interpolation=cv2.INTER_AREA)
     mask = None if self.mask is None else cv2.resize(self.mask[region], size, interpolation=cv2.INTER_AREA)
     origin = (round(-self.left * self.unit / z) - x1 // z, round(-self.top * self.unit / z) - y1 // z)
-    return patch, mask, origin
-
-
-Canvas.ellipse, Canvas.finish = _ellipse, _finish
+    return cutout, mask, origin
 
 # %% ../../nbs/10_synthetic/01_people.ipynb #a2f2e765
 SKINS = ((255, 224, 196), (241, 194, 160), (224, 172, 125), (198, 134, 84), (141, 85, 54), (97, 58, 40), (66, 42, 32))
@@ -324,18 +324,18 @@ def draw_figure(
         _draw_bag(canvas, look)
     _draw_arms(canvas, look)
     _draw_head(canvas, look)
-    patch, mask, (x, y) = canvas.finish()
-    return _lit(patch, look.light), mask, (x, y + round(height))
+    cutout, mask, (x, y) = canvas.finish()
+    return _lit(cutout, look.light), mask, (x, y + round(height))
 
 
 def _lit(
-    patch: np.ndarray,  # RGBA
+    cutout: np.ndarray,  # RGBA
     light: float,  # −1 from the left .. 1 from the right
 ) -> np.ndarray:
     "Light from one side, darkness towards the ground."
-    h, w = patch.shape[:2]
+    h, w = cutout.shape[:2]
     across = 1 + 0.22 * light * np.linspace(-1, 1, w, dtype=np.float32)
     down = np.linspace(1.06, 0.8, h, dtype=np.float32)
-    shaded = patch[..., :3] * (down[:, None] * across)[..., None]
-    patch[..., :3] = np.minimum(shaded, patch[..., 3:])  # never brighter than its coverage allows
-    return patch
+    shaded = cutout[..., :3] * (down[:, None] * across)[..., None]
+    cutout[..., :3] = np.minimum(shaded, cutout[..., 3:])  # never brighter than its coverage allows
+    return cutout

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..base.core import InputError, atomic_write
+from .config import current_names
 
 # %% ../../nbs/60_train/02_checkpoint.ipynb #ad15794e
 def rng_state() -> dict[str, Any]:
@@ -39,7 +40,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 # %% ../../nbs/60_train/02_checkpoint.ipynb #be1f6455
-FORMAT, OLDER = "neo_nb training state 2", "neo_nb training state 1"
+FORMAT = "neo_nb training state 3"
+OLDER = ("neo_nb training state 2", "neo_nb training state 1")
 
 
 def save_state(
@@ -64,17 +66,19 @@ def load_state(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"not a checkpoint that can be read ({reason[:120]}); nothing in it was executed", path
         ) from error
-    if not isinstance(state, dict) or state.get("format") not in (FORMAT, OLDER):
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, *OLDER):
         raise InputError(
             "not a whole training state of this version; nothing in it was executed",
             path,
             "resume from a run's last.pt",
         )
-    return _as_today(state) if state["format"] == OLDER else state
+    return state if state["format"] == FORMAT else _as_today(state)
 
 
 def _as_today(state: dict[str, Any]) -> dict[str, Any]:
-    "A state of format 1, which knew batches that had been halved for good, and no update that was left out."
-    new = {"micro": state["batch_size"], "in_a_row": 0, "evaluations": [], "total": None}
-    sums = state["sums"] | ({"skipped": torch.zeros((), dtype=torch.float64)} if state["sums"] else {})
-    return state | new | {"rows": [{"skipped": 0} | row for row in state["rows"]], "sums": sums}
+    "A state of format 2, whose settings had other names, or of format 1, which knew no update that was left out."
+    if state["format"] == OLDER[1]:  # and batches that had been halved for good
+        new = {"micro": state["batch_size"], "in_a_row": 0, "evaluations": [], "total": None}
+        sums = state["sums"] | ({"skipped": torch.zeros((), dtype=torch.float64)} if state["sums"] else {})
+        state = state | new | {"rows": [{"skipped": 0} | row for row in state["rows"]], "sums": sums}
+    return state | {"identity": current_names(state["identity"])}

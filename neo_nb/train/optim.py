@@ -42,14 +42,14 @@ def lr_factor(
         return (step + 1) / warmup
     if config.schedule == "multistep":
         epoch = step * config.epochs // total
-        return config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+        return config.step_gamma ** sum(epoch >= milestone for milestone in config.milestones)
     if config.schedule != "constant":
         start, end = warmup, total
         if config.schedule == "flatcosine":
             start = max(warmup, round(config.flat * total))
-            end = total * max(0, config.epochs - config.plain_epochs) // config.epochs
+            end = total * max(0, config.epochs - config.no_aug_epochs) // config.epochs
         done = max(0, step - start) / max(1, end - start)
-        return config.gamma + (1 - config.gamma) * (1 + math.cos(math.pi * min(done, 1))) / 2
+        return config.final_lr_fraction + (1 - config.final_lr_fraction) * (1 + math.cos(math.pi * min(done, 1))) / 2
     return 1.0
 
 

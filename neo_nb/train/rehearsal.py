@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, no_type_check
-from unittest.mock import patch
+from unittest import mock
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -116,6 +117,7 @@ class _Watch(TorchDispatchMode):
         return result
 
 # %% ../../nbs/60_train/12_rehearsal.ipynb #7514e3dc
+@patch
 def _scalar(self: _Watch, func: Any, x: Tensor) -> Any:
     "A number that is read; real tensors of the host have theirs."
     if not isinstance(x, FakeTensor):
@@ -124,11 +126,13 @@ def _scalar(self: _Watch, func: Any, x: Tensor) -> Any:
     return self.contents.read(x).item()
 
 
+@patch
 def _waits(self: _Watch, func: Any, x: Tensor) -> None:
     if x.device.type != "cpu":
         self.contents.note("to host", func, x)
 
 
+@patch
 def _places(self: _Watch, func: Any, indices: list) -> list:
     "Masks as the places that they name: all of them."
     named: list[Tensor | None] = []
@@ -139,9 +143,6 @@ def _places(self: _Watch, func: Any, indices: list) -> list:
         else:
             named.append(x)
     return named
-
-
-_Watch._scalar, _Watch._waits, _Watch._places = _scalar, _waits, _places
 
 # %% ../../nbs/60_train/12_rehearsal.ipynb #e8efd7ff
 def _waiting(first: Any) -> dict[Any, int]:
@@ -262,12 +263,12 @@ def rehearsal() -> Iterator[list[Passage]]:
         return contents.read(x).tolist()
 
     with ExitStack() as stack:
-        stack.enter_context(patch.multiple(torch.cuda, **_CARD))
-        stack.enter_context(patch.object(nn.Module, "_apply", _apply))
-        stack.enter_context(patch.object(Tensor, "pin_memory", lambda x, *_: x))
-        stack.enter_context(patch.multiple(torch.cuda.Event, record=_nothing, synchronize=_nothing))
-        stack.enter_context(patch.object(FakeTensor, "tolist", listed))
-        stack.enter_context(patch.object(FakeTensor, "__deepcopy__", _copied, create=True))
+        stack.enter_context(mock.patch.multiple(torch.cuda, **_CARD))
+        stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda x, *_: x))
+        stack.enter_context(mock.patch.multiple(torch.cuda.Event, record=_nothing, synchronize=_nothing))
+        stack.enter_context(mock.patch.object(FakeTensor, "tolist", listed))
+        stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copied, create=True))
         for mode in (_Fakes(allow_non_fake_inputs=True), _Watch(contents), _Reads(contents)):
             stack.enter_context(mode)
         yield contents.seen

@@ -75,7 +75,7 @@ class HybridEncoder(nn.Module):
 
     def __init__(
         self,
-        inputs: dict[int, int],  # Channels of the backbone's maps by their stride, fine to coarse
+        in_channels: dict[int, int],  # Channels of the backbone's maps by their stride, fine to coarse
         channels: int = 256,  # Width of everything from here on
         *,
         heads: int = 8,
@@ -85,8 +85,8 @@ class HybridEncoder(nn.Module):
         activation: str = "silu",
     ):
         super().__init__()
-        names = [str(stride) for stride in inputs]
-        self.project = nn.ModuleDict({name: ConvNorm(i, channels) for name, i in zip(names, inputs.values())})
+        names = [str(stride) for stride in in_channels]
+        self.project = nn.ModuleDict({name: ConvNorm(i, channels) for name, i in zip(names, in_channels.values())})
         self.aifi = Aifi(channels, heads, feedforward)
         # named by the stride that each belongs to, so that weights find their place when a level is added
         self.lateral = nn.ModuleDict({n: ConvNorm(channels, channels, activation=activation) for n in names[:0:-1]})
@@ -94,7 +94,7 @@ class HybridEncoder(nn.Module):
         fuse = partial(CspRepLayer, 2 * channels, channels, blocks, expansion, activation)
         self.fuse_top_down = nn.ModuleDict({name: fuse() for name in names[-2::-1]})
         self.fuse_bottom_up = nn.ModuleDict({name: fuse() for name in names[1:]})
-        self.checkpointing = False  # compute a fusion's inside again in the backward pass
+        self.grad_checkpointing = False  # compute a fusion's inside again in the backward pass
 
     def forward(
         self,
@@ -106,7 +106,7 @@ class HybridEncoder(nn.Module):
         for i, (lateral, fuse) in enumerate(zip(self.lateral.values(), self.fuse_top_down.values())):
             coarse, fine = len(maps) - 1 - i, len(maps) - 2 - i
             maps[coarse] = lateral(maps[coarse])
-            maps[fine] = checkpointed(fuse, maps[coarse], maps[fine], on=self.checkpointing)
+            maps[fine] = checkpointed(fuse, maps[coarse], maps[fine], on=self.grad_checkpointing)
         for i, (down, fuse) in enumerate(zip(self.down.values(), self.fuse_bottom_up.values())):
-            maps[i + 1] = checkpointed(fuse, down(maps[i]), maps[i + 1], on=self.checkpointing)
+            maps[i + 1] = checkpointed(fuse, down(maps[i]), maps[i + 1], on=self.grad_checkpointing)
         return maps
