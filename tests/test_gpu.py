@@ -51,6 +51,6 @@ def test_the_card_and_its_deployed_copy_say_what_the_cpu_says(name):
     with torch.inference_mode(), tf32(False):
         here = model(images)
         model.cuda()
-        for there in (model(images.cuda()), model.deploy()(images.cuda())):
+        for there in (model(images.cuda()), model.fuse()(images.cuda())):
             close = {"rtol": 1e-3, "atol": 1e-3}
             torch.testing.assert_close(there.logits.sort(1).values.cpu(), here.logits.sort(1).values, **close)

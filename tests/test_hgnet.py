@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neo_nb.models.backbones import freeze, freeze_norms
-from neo_nb.models.convert import INSIDE, PARTS, convert_key
+from neo_nb.models.rtdetr.convert import INSIDE, PARTS, convert_key
 from neo_nb.models.hgnet import HGNETS, HGNetV2, hgnet_keys
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

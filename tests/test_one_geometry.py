@@ -63,7 +63,7 @@ def test_every_form_finds_the_same(family, resize, tmp_path):
     export_onnx(model, tmp_path / "model.onnx", batch=3)
     forms = {
         "a batch of mixed shapes": Eager(model)(images, batch_size=7),
-        "deployed": TorchDetector(model)(images, batch_size=4),
+        "fused": TorchDetector(model)(images, batch_size=4),
         "ONNX": OnnxDetector(tmp_path / "model.onnx")(images),
     }
     for form, found in forms.items():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from neo_nb.models.convert import convert_state_dict, infer_config
+from neo_nb.models.rtdetr.convert import convert_state_dict, infer_config
 from neo_nb.models.transformers_reference import reference_config
 from neo_nb.models.zoo import VARIANTS, create_model
 

@@ -52,7 +52,7 @@ def test_an_update_an_evaluation_and_a_deployed_copy(name, scenes, batch, tmp_pa
             trainer = Trainer(config_of(name, precision), tmp_path, scenes, scenes, model)
             updated(trainer, batch, seen)
             if precision == "fp32":
-                deployed = trainer.ema.model.deploy()
+                deployed = trainer.ema.model.fuse()
             for network in (trainer.ema.model, deployed):
                 evaluated(trainer, network, batch)
 

@@ -103,7 +103,7 @@ def test_nothing_is_detected_in_the_padding(seed):
 def test_the_deployed_copy_says_the_same(seed, packed):
     rng, model = np.random.default_rng(seed), lively(seed)
     images = [drawn(rng, *size) for size in sizes_of(rng, 2)]
-    fast = model.deploy(packed=packed)
+    fast = model.fuse(packed=packed)
     for one, other in zip(found(model, images, (288, 288)), found(fast, images, (288, 288))):
         assert distance(one, other) < 1e-4
 

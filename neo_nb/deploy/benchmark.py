@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from ..models.rtdetr.convert import convert_state_dict
 from torch import nn
 
 from ..base.core import InputError
@@ -29,7 +30,6 @@ from ..data.augment import prepare
 from ..data.batch import Targets
 from .detector import Detector
 from .onnx import export_onnx
-from ..models.convert import convert_state_dict
 from ..models.rtdetr.model import RTDETR
 from ..models.transformers_reference import reference_config
 from ..models.zoo import VARIANTS, create_model
@@ -183,7 +183,7 @@ def inference(
     ours, peer = (x.to(place) for x in matched_pair(name))
     images = torch.rand(batch, 3, *size, device=place)
     last = images.contiguous(memory_format=torch.channels_last)
-    fast = ours.deploy(packed=None if precision == "fp32" else False)
+    fast = ours.fuse(packed=None if precision == "fp32" else False)
     beside = copy.deepcopy(peer).to(memory_format=torch.channels_last)
     calls: dict[str, Callable[[], object]] = {
         "transformers": lambda: peer(images),
@@ -192,7 +192,7 @@ def inference(
         "ours, deployed": lambda: fast(images),
     }
     if compiled:
-        network = torch.compile(ours.deploy(packed=False), backend=backend)
+        network = torch.compile(ours.fuse(packed=False), backend=backend)
         calls["ours, compiled"] = lambda: network(images)
     if place.type == "cpu" and precision == "fp32":
         calls["ours, ONNX Runtime"] = _onnx(ours, images)

@@ -169,7 +169,7 @@ class TorchDetector(Detector):
 
     def __init__(
         self,
-        model: nn.Module,  # From `create_model` or `load_model`; what runs is its `deploy()`, made at the first call
+        model: nn.Module,  # From `create_model` or `load_model`; what runs is its `fuse()`, made at the first call
         size: tuple[int, int] | None = None,  # (height, width); the one it was trained at when None
         record: dict | None = None,  # What its file said; taken from the model when None
         precision: str = "fp32",  # auto, fp32, fp16 or bf16, on the device that the model is on
@@ -182,10 +182,10 @@ class TorchDetector(Detector):
 
     @cached_property
     def network(self) -> nn.Module:
-        if getattr(self.model, "deployed", False):
+        if getattr(self.model, "fused", False):
             return self.model
         # packed convolutions know fp32 alone, and autocast does not reach them
-        return self.model.deploy(packed=None if self.precision == "fp32" else False)
+        return self.model.fuse(packed=None if self.precision == "fp32" else False)
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray]]:

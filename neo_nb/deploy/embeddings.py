@@ -27,7 +27,7 @@ from .detector import Detector
 def _network(detector: Detector) -> torch.nn.Module:
     "The torch network behind a detector."
     network = getattr(getattr(detector, "inner", detector), "network", None)
-    if not hasattr(network, "encode"):
+    if not hasattr(network, "features"):
         what = f"a detector of kind {detector.kind} gives boxes and no features"
         raise InputError(what, detector.record.get("model"), "use the run it was exported from, or its .safetensors")
     return network
@@ -73,7 +73,7 @@ def _embed(
     "Vectors of boxes that are sorted by image: image i has rows offsets[i]:offsets[i + 1]."
     network = _network(detector)
     device = next(network.parameters()).device
-    vectors = np.zeros((len(boxes), _width(network)), np.float32)
+    vectors = np.zeros((len(boxes), network.feature_channels), np.float32)
     views, regions, at = _views(detector, annotations, boxes, offsets), None, -1
     for start in range(0, len(views), batch_size):
         some, parts = views[start : start + batch_size], []
@@ -89,14 +89,9 @@ def _embed(
         scale = (batch.sizes / batch.original_sizes).flip(-1).numpy()
         corners = (boxes[which] - np.tile(shift, 2)[where]) * np.tile(scale, 2)[where]
         rois = torch.from_numpy(np.concatenate([where[:, None], corners], 1).astype(np.float32))
-        maps, frame, _ = network.encode(batch.images.to(device), batch.sizes.to(device))
+        maps, frame = network.features(batch.images.to(device), batch.sizes.to(device))
         vectors[which] = pooled(maps, rois.to(device), frame).cpu().numpy()
     return vectors
-
-# %% ../../nbs/65_deploy/03_embeddings.ipynb #1a591b7a
-def _width(network: torch.nn.Module) -> int:
-    "The length of a vector."
-    return network.config.encoder_channels * sum(stride <= 32 for stride in network.config.strides)
 
 # %% ../../nbs/65_deploy/03_embeddings.ipynb #3a24facd
 def embed_boxes(

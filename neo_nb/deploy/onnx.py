@@ -92,7 +92,7 @@ def export_onnx(
 # %% ../../nbs/65_deploy/04_onnx.ipynb #94c25c65
 def _to_onnx(model: nn.Module, size: tuple[int, int], batch: int | str, max_dets: int, opset: int):
     "The graph as a protobuf."
-    network = copy.deepcopy(model).cpu().float().deploy(packed=False).to(memory_format=torch.contiguous_format)
+    network = copy.deepcopy(model).cpu().float().fuse(packed=False).to(memory_format=torch.contiguous_format)
     dynamic = batch == "dynamic"
     # a sample of one would be taken for a size that never changes
     sample = _sample(size, model.preprocessing.divisor, 2 if dynamic else batch)

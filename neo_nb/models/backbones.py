@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['RESNETS', 'BasicBlock', 'Bottleneck', 'make_shortcut', 'ResNetVd', 'TimmBackbone', 'freeze', 'freeze_norms',
-           'make_backbone', 'freeze_temporarily']
+           'has_frozen_norms', 'make_backbone', 'freeze_temporarily']
 
 # %% ../../nbs/40_models/04_backbones.ipynb #ccf2bec4
 from collections.abc import Callable, Sequence
@@ -149,6 +149,12 @@ def freeze_norms(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             freeze(part)
+
+
+def has_frozen_norms(module: nn.Module) -> bool:
+    "Whether a batch norm inside `module` was frozen."
+    norms = (part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+    return any("train" in norm.__dict__ for norm in norms)
 
 
 def make_backbone(

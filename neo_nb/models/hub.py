@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ..base.core import InputError, atomic_write, raise_for_disk
-from .rtdetr.model import RTDETR
+from .contract import DetectionModel
 from .weights import load_model, model_record, read_record, save_weights
 
 # %% ../../nbs/40_models/23_hub.ipynb #21c6ec0c
@@ -134,7 +134,7 @@ def is_ours(folder: str | Path) -> bool:
 
 
 def save_pretrained(
-    model: RTDETR,
+    model: DetectionModel,
     folder: str | Path,  # New, empty, or written by this function before
     *,
     metrics: dict | None = None,  # As from `evaluate`, with max_dets
@@ -164,7 +164,7 @@ def save_pretrained(
     return folder
 
 # %% ../../nbs/40_models/23_hub.ipynb #1026a5c3
-def _write(model: RTDETR, folder: Path, name: str, more: dict, licence: str | None, old: str) -> None:
+def _write(model: DetectionModel, folder: Path, name: str, more: dict, licence: str | None, old: str) -> None:
     "The three files."
     check_metrics(more["metrics"])
     more = {key: value for key, value in more.items() if value is not None}
@@ -184,7 +184,7 @@ def from_pretrained(
     class_names: Sequence[str] | None = None,  # Refuse a model with other classes
     device: torch.device | str = "cpu",
     endpoint: str | None = None,  # Another hub than the public one; HF_ENDPOINT when None
-) -> tuple[RTDETR, dict]:  # The detector in evaluation mode, and its record
+) -> tuple[DetectionModel, dict]:  # The detector in evaluation mode, and its record
     "Load what `save_pretrained` or `push_to_hub` wrote, or a published RT-DETR."
     folder = Path(name_or_folder)
     if not folder.exists():
@@ -244,7 +244,7 @@ def hub_errors(
 
 # %% ../../nbs/40_models/23_hub.ipynb #78a45f2c
 def push_to_hub(
-    model: RTDETR,
+    model: DetectionModel,
     repo_id: str,  # owner/name; made when there is none
     *,
     metrics: dict | None = None,  # As from `evaluate`, with max_dets

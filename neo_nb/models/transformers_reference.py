@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..base.core import InputError, check_choice
 from ..data.batch import Targets
 from .backbones import RESNETS, Bottleneck
+from .contract import Outputs, Preprocessing
 from .hgnet import HGNETS
-from .rtdetr.model import RTDETR, Outputs, Preprocessing, RTDETRConfig
+from .rtdetr.model import RTDETR, RTDETRConfig
 from .zoo import VARIANTS
 
 # %% ../../nbs/40_models/25_transformers_reference.ipynb #700cf8af

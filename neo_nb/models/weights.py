@@ -6,7 +6,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'CLASS_HEADS', 'Classes', 'model_record', 'save_weights', 'read_preprocessing', 'read_record', 'load_model',
-           'is_external', 'load_strictly', 'WeightsReport', 'is_placeholder', 'match_classes', 'load_weights']
+           'is_external', 'read_external', 'load_strictly', 'WeightsReport', 'is_placeholder', 'match_classes',
+           'load_weights']
 
 # %% ../../nbs/40_models/22_weights.ipynb #812051be
 import json
@@ -15,25 +16,25 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from .external import External, read_checkpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.core import InputError, atomic_write, check_choice
 from ..base.geometry import Resize
-from .convert import infer_config, read_external
-from .rtdetr.model import RTDETR, Preprocessing, RTDETRConfig
-from .zoo import VARIANTS, create_model
+from .contract import DetectionModel, Preprocessing
+from .zoo import FAMILIES, VARIANTS, create_model, family_of
 
 # %% ../../nbs/40_models/22_weights.ipynb #f7fb777b
 FORMAT = 2  # Raised when the record changes in a way that older code cannot read
 
 
 def model_record(
-    model: RTDETR,
+    model: DetectionModel,
     **more: object,  # What else should be known: metrics, data, fingerprint
 ) -> dict:
     "All that is needed to build the model again, and to know what it is for."
@@ -43,20 +44,20 @@ def model_record(
         "class_names": list(model.class_names),
         "category_ids": list(model.category_ids),
         "size": list(model.size) if model.size else None,
-        "config": asdict(model.config) | {"num_queries": model.num_queries},
+        "config": model.current_config(),
         "contract": asdict(model.preprocessing),
         **more,
     }
 
 
 def save_weights(
-    model: RTDETR,
+    model: DetectionModel,
     path: str | Path,  # Ends in .safetensors
     state: dict[str, Tensor] | None = None,  # Other weights of the same shape, such as the averaged ones
     **more: object,  # Goes into the record: metrics, data, fingerprint
 ) -> None:
     "Write the weights and their record into one file, whole or not at all; refuses a deployed copy."
-    if getattr(model, "deployed", False):
+    if getattr(model, "fused", False):
         raise InputError("a deployed copy is fused for speed and cannot be trained on", path, "save the one it is of")
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in (state or model.state_dict()).items()}
     with atomic_write(path) as temporary:
@@ -83,7 +84,7 @@ def read_preprocessing(
             )
     contract = replace(default, **saved)
     check_choice(contract.resize, get_args(Resize), "resize")
-    coarsest = max(record["config"].get("strides") or RTDETRConfig().strides)
+    coarsest = max(record["config"].get("strides") or (32,))  # a family without levels ends at stride 32
     if contract.divisor < 1 or contract.divisor % coarsest:
         what = f"the input contract pads to multiples of {contract.divisor}, its coarsest level has stride {coarsest}"
         raise InputError(what, where, f"the divisor must be a multiple of {coarsest}")
@@ -135,7 +136,7 @@ def load_model(
     path: str | Path,  # What `save_weights` wrote
     class_names: Sequence[str] | None = None,  # Refuse the file unless it has exactly these classes
     device: torch.device | str = "cpu",
-) -> tuple[RTDETR, dict]:  # The detector in evaluation mode, and its record
+) -> tuple[DetectionModel, dict]:  # The detector in evaluation mode, and its record
     "Build the detector that a file describes and load its weights, every one of them."
     path = _inside(path)
     if is_external(path):
@@ -154,9 +155,11 @@ def load_model(
     return model.to(device).eval(), record
 
 # %% ../../nbs/40_models/22_weights.ipynb #d3b26b5b
-def _config(record: dict, where: str | Path) -> RTDETRConfig:
-    "The configuration in a record."
-    return RTDETRConfig(**_known(RTDETRConfig, record["config"] | {"pretrained": False}, "the configuration", where))
+def _config(record: dict, where: str | Path) -> Any:
+    "The configuration in a record, without weights to fetch."
+    kind = family_of(record["model"]).config
+    without = {"pretrained": False} if "pretrained" in {field.name for field in fields(kind)} else {}
+    return kind(**_known(kind, record["config"] | without, "the configuration", where))
 
 
 def _inside(path: str | Path) -> Path:
@@ -180,20 +183,33 @@ def is_external(path: str | Path) -> bool:
         return False
 
 
-def _load_external(path: str | Path, class_names: Sequence[str] | None, device) -> tuple[RTDETR, dict]:
-    "A published checkpoint as a detector; at 640x640, where they were all trained."
-    tensors, names, config = read_external(path)
-    config = infer_config(tensors, config)
-    known = [name for name, row in VARIANTS.items() if row.backbone == config.backbone and row.blocks == config.blocks]
+def read_external(
+    source: str | Path,  # A folder that transformers saved, a repository on the hub, or a .pth
+) -> External:
+    "Weights of another library in our names. Raises `InputError` when they are of no family that is known here."
+    tensors, config = read_checkpoint(source)
+    for family in FAMILIES:
+        found = family.convert(tensors, config)
+        if found is not None:
+            return found
+    kind = config.get("model_type", "unknown")
+    known = ", ".join(family.name for family in FAMILIES)
+    raise InputError(f"a checkpoint of the kind {kind!r}, which is none of {known}", source, "convert it first")
+
+
+def _load_external(path: str | Path, class_names: Sequence[str] | None, device) -> tuple[DetectionModel, dict]:
+    "A published checkpoint as a detector."
+    found = read_external(path)
+    tensors, names = found.tensors, found.class_names
     unnamed = names is None and class_names is None  # a .pth does not say what its classes are
-    names = names or class_names or [f"class_{i}" for i in range(_classes(tensors))]
+    names = names or class_names or [f"class_{i}" for i in range(_classes(found.variant, tensors))]
     if class_names is not None and list(class_names) != list(names):
         raise InputError(f"trained for the classes {names}, not for {list(class_names)}", path)
-    model = create_model(next(iter(known), "rtdetr_r50"), class_names=names, **asdict(config))
+    model = create_model(found.variant, class_names=names, **asdict(found.config))
     own = model.state_dict()
     tensors |= {k: own[k] for k in own if k.endswith("num_batches_tracked") and k not in tensors}
     load_strictly(model, tensors, path)
-    model.size, model.preprocessing = (640, 640), replace(model.preprocessing, resize="stretch")  # as all were trained
+    model.size, model.preprocessing = found.size, replace(model.preprocessing, **found.preprocessing)
     return model.to(device).eval(), model_record(model) | {"source": str(path), "unnamed": unnamed}
 
 # %% ../../nbs/40_models/22_weights.ipynb #2a3dc870
@@ -303,29 +319,26 @@ def _no_match(names: Sequence[str], theirs: Sequence[str] | None, count: int, na
 # %% ../../nbs/40_models/22_weights.ipynb #9cfaa5bd
 @torch.no_grad()
 def load_weights(
-    model: RTDETR,  # Changed in place
+    model: DetectionModel,  # Changed in place
     path: str | Path,  # A run's folder, a file of `save_weights`, or anything that `read_external` opens
     classes: Classes = "auto",  # Which class goes on from which; "auto" refuses to guess
 ) -> WeightsReport:
     "Take over the weights that fit; raises `InputError` when not one does, or when classes would have to be guessed."
     path = _inside(path)
     tensors, names, theirs, contract = _source(path, model)
-    words, rows = match_classes(model.class_names, names, _classes(tensors), classes, path)
+    words, rows = match_classes(model.class_names, names, model.count_classes(tensors), classes, path)
     own, placed, by_class, part = model.state_dict(), 0, [], []
     whole = words in ("the same", "by position")
     for key in own.keys() & tensors.keys():
-        if key.startswith(CLASS_HEADS) and not whole:
-            by_class += [key] * _by_class(own[key], tensors[key], rows)
-        elif ".cross.offsets." in key or ".cross.weights." in key:
-            found = _by_level(own[key], tensors[key], model.config, theirs)
-            placed, part = placed + (found == "all"), part + [key] * (found == "part")
-        elif own[key].shape == tensors[key].shape:
-            own[key].copy_(tensors[key])
-            placed += 1
+        if key.startswith(model.class_heads) and not whole:
+            by_class += [key] * _by_class(own[key], tensors[key], rows, model.num_classes)
+            continue
+        taken = model.take_tensor(key, own[key], tensors[key], theirs)
+        placed, part = placed + (taken == "all"), part + [key] * (taken == "part")
     if not placed:
         raise InputError(f"no tensor of it fits {model.model_name}", path, "start from weights of the same model")
     fits = {k for k in own.keys() & tensors.keys() if own[k].shape == tensors[k].shape or k in (*by_class, *part)}
-    fits -= {k for k in own if k.startswith(CLASS_HEADS) and not whole and k not in by_class}
+    fits -= {k for k in own if k.startswith(model.class_heads) and not whole and k not in by_class}
     missing = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]  # frozen norms have none
     found = (tuple(sorted(x)) for x in (by_class, part, missing, (k for k in tensors if k not in fits)))
     fresh = tuple(f"{label} {name}" for label, name in enumerate(model.class_names) if label not in rows)
@@ -333,7 +346,7 @@ def load_weights(
     return WeightsReport(str(path), placed, *found, words, fresh, adopted)
 
 # %% ../../nbs/40_models/22_weights.ipynb #d2e13878
-def _source(path: Path, model: RTDETR) -> tuple[dict[str, Tensor], list[str] | None, RTDETRConfig, Preprocessing]:
+def _source(path: Path, model: DetectionModel) -> tuple[dict[str, Tensor], list[str] | None, Any, Preprocessing]:
     "Tensors, class names, configuration and input contract of what a model starts from."
     if not is_external(path):
         record, tensors = _read(path, tensors=True)
@@ -343,13 +356,14 @@ def _source(path: Path, model: RTDETR) -> tuple[dict[str, Tensor], list[str] | N
             _config(record, path),
             read_preprocessing(record, path, model.preprocessing),
         )
-    tensors, names, config = read_external(path)
-    if names is not None and len(names) != _classes(tensors):
-        raise InputError(f"names {len(names)} classes and has {_classes(tensors)}", path, "correct its id2label")
-    return tensors, names, infer_config(tensors, config), model.preprocessing
+    found = read_external(path)
+    count, names = _classes(found.variant, found.tensors), found.class_names
+    if names is not None and len(names) != count:
+        raise InputError(f"names {len(names)} classes and has {count}", path, "correct its id2label")
+    return found.tensors, names, found.config, model.preprocessing
 
 
-def _adopt(model: RTDETR, contract: Preprocessing) -> str:
+def _adopt(model: DetectionModel, contract: Preprocessing) -> str:
     "What the weights are used to becomes the model's, besides its divisor; said in words where it was something else."
     contract = replace(contract, divisor=model.preprocessing.divisor)
     old, new = asdict(model.preprocessing), asdict(contract)
@@ -357,32 +371,18 @@ def _adopt(model: RTDETR, contract: Preprocessing) -> str:
     return ", ".join(f"{key} {new[key]} instead of {old[key]}" for key in new if new[key] != old[key])
 
 # %% ../../nbs/40_models/22_weights.ipynb #a6a3bdd2
-def _classes(tensors: dict[str, Tensor]) -> int:
-    return len(tensors["decoder.enc_score.weight"]) if "decoder.enc_score.weight" in tensors else -1
+def _classes(name: str, tensors: dict[str, Tensor]) -> int:
+    "How many classes tensors of a model are for; -1 when they are of something else."
+    return family_of(name).model.count_classes(tensors)
 
 
-def _by_class(own: Tensor, theirs: Tensor, rows: dict[int, int]) -> bool:
+def _by_class(own: Tensor, theirs: Tensor, rows: dict[int, int], num_classes: int) -> bool:
     "Copy the rows of classes that go on from one of the file; whether there were any."
     if own.shape[1:] != theirs.shape[1:]:
         return False
     for to, source in rows.items():
         own[to] = theirs[source]
+    extra = len(own) - num_classes  # rows for what is no class come last
+    if extra and rows:
+        own[-extra:] = theirs[-extra:]
     return bool(rows)
-
-
-def _by_level(own: Tensor, theirs: Tensor, ours: RTDETRConfig, config: RTDETRConfig) -> str:
-    "Copy the sampling of levels that both have, with as many points: all of it, part, or none."
-    points = [
-        dict(zip(c.strides, (c.points,) * len(c.strides) if isinstance(c.points, int) else c.points))
-        for c in (ours, config)
-    ]
-    if ours.heads != config.heads or own.shape[1:] != theirs.shape[1:]:
-        return "none"
-    parts = []
-    for tensor, levels in zip((own, theirs), points):
-        rows = tensor.view(ours.heads, sum(levels.values()), -1, *tensor.shape[1:])  # head, point, x and y or one
-        parts.append(dict(zip(levels, rows.split(list(levels.values()), 1))))
-    shared = [s for s in parts[0] if s in parts[1] and points[0][s] == points[1][s]]
-    for stride in shared:
-        parts[0][stride].copy_(parts[1][stride])
-    return "all" if points[0] == points[1] else "part" if shared else "none"

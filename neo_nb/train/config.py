@@ -83,7 +83,7 @@ class ScheduleSettings(DataSettings):
     lr: float = Field(1e-4, gt=0, description="learning rate of all but the backbone")
     backbone_lr: float = Field(1e-5, ge=0, description="learning rate of the backbone")
     weight_decay: float = Field(1e-4, ge=0, description="of all but norms and biases")
-    loss: Literal["vfl", "mal"] = Field("vfl", description="of the scores: varifocal or matchability-aware")
+    loss: str | None = Field(None, description="of the scores, such as vfl (varifocal) or mal; None: the model's own")
     schedule: Literal["constant", "cosine", "flatcosine", "multistep"] = Field(
         "constant", description="learning rate after warm-up"
     )

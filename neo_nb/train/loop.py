@@ -31,9 +31,8 @@ from ..base.geometry import check_size
 from ..data.augment import size_for
 from ..data.batch import Batch
 from ..data.loader import Loader, make_loader
-from ..losses.criterion import Criterion
-from ..models.backbones import freeze_norms, freeze_temporarily
-from ..models.rtdetr.model import RTDETR
+from ..models.backbones import freeze_norms, freeze_temporarily, has_frozen_norms
+from ..models.contract import DetectionModel
 from ..models.weights import load_weights
 from ..models.zoo import create_model
 from .config import TrainConfig
@@ -127,11 +126,12 @@ def _train_loader(self: Loop, epoch: int) -> Loader:
 @patch
 def _check_capacity(self: Loop) -> None:
     "Objects that outnumber the queries cannot be learned, and would vanish silently."
-    if self.loader.max_objects > self.model.num_queries:
+    capacity = self.model.capacity
+    if capacity is not None and self.loader.max_objects > capacity:
         counts = np.bincount(self.train_table.image_index[~self.train_table.iscrowd], minlength=len(self.train_table))
         worst = int(counts.argmax())
         what = f"image {self.train_table.image_ids[worst]} has {counts[worst]} objects"
-        what += f", the model has {self.model.num_queries} queries"
+        what += f", the model has {capacity} queries"
         raise InputError(what, self.train_table.name or None, f"set num_queries to {self.loader.max_objects} or more")
 
 # %% ../../nbs/60_train/09_loop.ipynb #3cd0904d
@@ -159,35 +159,30 @@ def set_arithmetic(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 # %% ../../nbs/60_train/09_loop.ipynb #81ec0821
-def build_model(config: TrainConfig, table: Annotations) -> RTDETR:
+def build_model(config: TrainConfig, table: Annotations) -> DetectionModel:
     "The model that the settings ask for, for the classes of a table."
-    if (
-        config.compile and config.grad_checkpointing
-    ):  # the compiler cannot look into a checkpoint that keeps the statistics
-        what, remedy = (
-            "compile and checkpointing exclude each other",
-            "choose compile for speed, checkpointing for memory",
-        )
-        raise InputError(what, None, remedy)
+    if config.compile and config.grad_checkpointing:  # the compiler cannot look into one that keeps the statistics
+        remedy = "choose compile for speed, grad_checkpointing for memory"
+        raise InputError("compile and grad_checkpointing exclude each other", None, remedy)
     overrides: dict[str, Any] = {"pretrained": config.pretrained} if config.pretrained else {}
     overrides |= {key: getattr(config, key) for key in ("num_queries", "backbone") if getattr(config, key)}
     names = {"class_names": table.class_names, "category_ids": table.category_ids}
     model = create_model(config.model, **names, **overrides)
-    model.criterion, model.preprocessing = Criterion(config.loss), replace(model.preprocessing, resize=config.resize)
+    model.set_loss(config.loss)
+    model.preprocessing = replace(model.preprocessing, resize=config.resize)
     model.size = check_size(config.size or size_for(table, 640))
     if config.weights:
         print(load_weights(model, config.weights, config.classes))
     if config.freeze_norms:
         freeze_norms(model)
     elif config.sync_bn and PartialState().num_processes > 1 and PartialState().device.type == "cuda":
-        parts = ["encoder", "decoder"]  # converting makes new norms, which would no longer be frozen
-        parts += ["backbone"] if not model.config.freeze_bn and model.config.freeze_at < 0 else []
-        for part in parts:
-            setattr(model, part, nn.SyncBatchNorm.convert_sync_batchnorm(getattr(model, part)))
-    model.grad_checkpointing = config.grad_checkpointing
+        for name, part in model.named_children():  # converting makes new norms, which would no longer be frozen
+            if not has_frozen_norms(part):
+                setattr(model, name, nn.SyncBatchNorm.convert_sync_batchnorm(part))
+    model.set_grad_checkpointing(config.grad_checkpointing)
     if config.compile:
-        for part in (model.backbone, model.encoder, model.decoder):
-            part.compile()
+        for name in model.parts:
+            model.get_submodule(name).compile()
     return model.to(memory_format=torch.channels_last)
 
 # %% ../../nbs/60_train/09_loop.ipynb #c95b7885
@@ -206,7 +201,7 @@ def _hold_backbone(self: Loop) -> None:
     if held == (self._release is not None):
         return
     if held:
-        self._release = freeze_temporarily(self.model.backbone)
+        self._release = freeze_temporarily(self.model.get_submodule(self.model.parts[0]))
     else:
         self._release()
         self._release = None

@@ -17,12 +17,16 @@ from torch import nn
 from .config import TrainConfig
 
 # %% ../../nbs/60_train/01_optim.ipynb #464ca4ec
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module,  # The first of its `parts` is the backbone; `backbone` when it has none
+    config: TrainConfig,
+) -> torch.optim.AdamW:
     "AdamW with four groups: backbone or not, with decay or without; `base_lr` of each is kept for the schedule."
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    first = getattr(model, "parts", ("backbone",))[0] + "."
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith("backbone."), parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((name.startswith(first), parameter.ndim > 1), []).append(parameter)
     rows = []
     for (backbone, decay), parameters in sorted(groups.items()):
         lr = config.backbone_lr if backbone else config.lr

@@ -67,15 +67,15 @@ def evaluate_epoch(self: Trainer, tracker: Tracker | None) -> dict[str, Any]:
     predicted = self.predict(self.val_table)
     result = [None]
     if self.accelerator.is_main_process:
-        queries = self.model.num_queries
-        extra = queries if queries != self.config.max_dets else None
+        most = self.model.max_dets
+        extra = most if most != self.config.max_dets else None
         result = [evaluate(predicted, self.val_table, max_dets=self.config.max_dets, extra_max_dets=extra)]
     metrics = broadcast_object_list(result)[0] if self.accelerator.num_processes > 1 else result[0]
     numbers = {
         k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k not in ("max_dets", "iou_threshold")
     }
     means = {
-        name: float(self.sums[name] / self.sums["updates"].clamp(min=1)) for name in ("loss", "vfl", "l1", "giou")
+        name: float(self.sums[name] / self.sums["updates"].clamp(min=1)) for name in ("loss", *self.model.main_terms)
     }
     losses = {name if name == "loss" else f"loss_{name}": value for name, value in means.items()}
     skipped, self.sums = int(self.sums["skipped"]), {}
