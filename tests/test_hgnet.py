@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from neo_nb.models.backbones import freeze, freeze_norms
-from neo_nb.models.rtdetr.convert import INSIDE, PARTS, convert_key
 from neo_nb.models.hgnet import HGNETS, HGNetV2, hgnet_keys
+from neo_nb.models.rtdetr.convert import INSIDE, PARTS, convert_key
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 SMALL = {"stem": (8, 12), "inner": (4, 6, 8, 10), "blocks": (1, 2, 2, 1), "widths": (16, 24, 32, 40)}

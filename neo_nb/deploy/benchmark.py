@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from ..models.rtdetr.convert import convert_state_dict
 from torch import nn
 
 from ..base.core import InputError
@@ -30,6 +29,7 @@ from ..data.augment import prepare
 from ..data.batch import Targets
 from .detector import Detector
 from .onnx import export_onnx
+from ..models.rtdetr.convert import convert_state_dict
 from ..models.rtdetr.model import RTDETR
 from ..models.transformers_reference import reference_config
 from ..models.zoo import VARIANTS, create_model

@@ -55,7 +55,7 @@ class Detector:
         self.class_names, self.category_ids = tuple(record["class_names"]), tuple(record["category_ids"])
         self.preprocessing = read_preprocessing(record)
         self.divisor, self.resize = self.preprocessing.divisor, self.preprocessing.resize
-        self.num_queries: int = record["config"]["num_queries"]
+        self.num_queries: int = record["config"].get("num_queries") or record["max_dets"]
 
     def __repr__(self) -> str:
         height, width = self.size
@@ -72,7 +72,7 @@ class Detector:
     def submit(
         self,
         batch: Batch,
-    ) -> Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray]]:  # What `run` gives, when it is called
+    ) -> Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray]]:  # What `infer` gives, when it is called
         "Begin with a batch; a kind that computes beside us gives back the wait for its answer."
         found = self.infer(batch)
         return lambda: found
@@ -85,14 +85,14 @@ def detect(
     num_images: int | None = None,  # Images in the whole table; those of the batch when None
 ) -> Detections:
     "The detections of a batch; what scores 0 lies in the padding and is left out."
-    return self.told(batch, self.infer(batch), num_images)
+    return self.to_detections(batch, self.infer(batch), num_images)
 
 
 @patch
-def told(
+def to_detections(
     self: Detector,
     batch: Batch,
-    answer: tuple[np.ndarray, np.ndarray, np.ndarray],  # What `run` gave for it
+    answer: tuple[np.ndarray, np.ndarray, np.ndarray],  # What `infer` gave for it
     num_images: int | None = None,  # Images in the whole table; those of the batch when None
 ) -> Detections:
     "An answer as detections."
@@ -138,9 +138,9 @@ def predict(
     with tqdm(total=len(annotations), desc="predict", unit="image", disable=not progress, leave=False) as bar:
         for batch in loader if len(annotations) else ():
             begun, before = (batch, self.submit(batch)), begun
-            parts += [self.told(before[0], before[1](), len(annotations))] if before else []
+            parts += [self.to_detections(before[0], before[1](), len(annotations))] if before else []
             bar.update(len(batch))
-        parts += [self.told(begun[0], begun[1](), len(annotations))] if begun else []
+        parts += [self.to_detections(begun[0], begun[1](), len(annotations))] if begun else []
     return concat(parts)
 
 # %% ../../nbs/65_deploy/00_detector.ipynb #f7a1b005

@@ -56,7 +56,7 @@ class DetectionModel(nn.Module):
         self,
         num_classes: int,
         config: Any,  # The family's dataclass: all that defines the network besides its classes
-        preprocessing: Preprocessing,
+        preprocessing: Preprocessing = Preprocessing(),  # A family knows its own
     ):
         super().__init__()
         self.num_classes, self.config, self.preprocessing = num_classes, config, preprocessing

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from jaxtyping import Float, Int64, Shaped
-from .external import External, Family, class_names_of
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from ..base.core import InputError
 from ..data.batch import Targets, denormalize_boxes
 from ..losses.criterion import ignored
 from .contract import DetectionModel, Outputs, Preprocessing
+from .external import External, Family, class_names_of
 
 # %% ../../nbs/40_models/15_detr.ipynb #393d0616
 @dataclass(frozen=True)

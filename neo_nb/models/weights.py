@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from .external import External, read_checkpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,6 +26,7 @@ from torch import Tensor
 from ..base.core import InputError, atomic_write, check_choice
 from ..base.geometry import Resize
 from .contract import DetectionModel, Preprocessing
+from .external import External, read_checkpoint
 from .zoo import FAMILIES, VARIANTS, create_model, family_of
 
 # %% ../../nbs/40_models/22_weights.ipynb #f7fb777b
@@ -253,7 +253,7 @@ class WeightsReport:
             "unused": self.unused,
         }
         text += "".join(f"; {len(v)} {k} ({', '.join(v[:4])}{', …' * (len(v) > 4)})" for k, v in parts.items() if v)
-        return text + (f"; input contract: {self.preprocessing}" if self.preprocessing else "")
+        return text + (f"; input contract: {self.contract}" if self.contract else "")
 
 
 CLASS_HEADS = ("decoder.enc_score.", "decoder.score.", "decoder.denoising_class.")

@@ -13,11 +13,10 @@ from dataclasses import fields, replace
 from fnmatch import fnmatch
 from typing import Any
 
-from .external import Family
-
 from ..base.core import InputError, check_choice
 from . import detr
 from .contract import DetectionModel
+from .external import Family
 from .rtdetr import convert as rtdetr
 
 # %% ../../nbs/40_models/20_zoo.ipynb #a6b54ee0

@@ -69,8 +69,8 @@ def get_variant(
         from neo_nb.models.transformers_reference import PEERS
 
         check_choice(row.peer, PEERS, "peer")
-    if row.progress not in (None, "published"):
-        raise InputError(f"no such position embedding: {row.progress!r}", row.name, "leave it out, or say published")
+    if row.position not in (None, "published"):
+        raise InputError(f"no such position embedding: {row.position!r}", row.name, "leave it out, or say published")
     return row
 
 
@@ -89,7 +89,7 @@ FIRST, KNOWN = 3, 13  # Updates that do not count for the pace, and from which o
 class TimedTrainer(Trainer):
     "A trainer whose schedule follows the CPU time that it has spent."
 
-    def equal_time(
+    def train_for(
         self,
         minutes: float,  # CPU time of the training
         evaluations: int = 8,  # At even intervals; the last one at the end
@@ -167,7 +167,7 @@ def run_one(
     "Train one competitor with one seed."
     entrant, config = Variant(**job["competitor"]), TrainConfig(**job["config"])
     train_table, val_table = load_dataset(job["data"], "train"), load_dataset(job["data"], "val")
-    if entrant.progress == "published":
+    if entrant.position == "published":
         from neo_nb.models.rtdetr import hybrid_encoder
 
         hybrid_encoder.position_embedding = published_position_embedding

@@ -39,7 +39,7 @@ def build_pool(
     "The images to look through, and those that must not be mined. Raises `InputError` for a golden split."
     import numpy as np
 
-    from neo_nb.base.annotations import join
+    from neo_nb.base.annotations import concat
     from neo_nb.data.hard_negatives import background_table
     from neo_nb.data.manifest import load_dataset, load_manifest
     from neo_nb.data.near_duplicates import find_copies
@@ -52,7 +52,7 @@ def build_pool(
     if images is not None:
         there = {os.path.realpath(table.root / name) for name in table.file_names.tolist()}
         files = [file for file in find_images([images]) if os.path.realpath(file) not in there]
-        table = join([table, background_table(files, table)], table.name)
+        table = concat([table, background_table(files, table)], table.name)
         counts["images of the folder"] = len(files)
     marks = {}
     for tag in ("golden", "label_error", "hard_negative"):

@@ -261,7 +261,7 @@ def write_report(
         _section("Curves", _curves(run), _chosen(known)),
         _section("Classes", _classes(metrics), "small: 95 % intervals, by drawing the images again"),
         f'<div class="two">{curves}</div>' if curves else "",
-        _section("Images", _images(run / "images"), told),
+        _section("Images", _images(run / "samples"), told),
         _errors(run, metrics),
         _mining(run, known, metrics),
         _section("Export", _export(run)),

@@ -129,13 +129,13 @@ def save_evaluation(
     curves = threshold_curves(detections, annotations, metrics["iou_threshold"], metrics["max_dets"])
     for name, plot in (("pr", plot_pr), ("f1", plot_f1)):
         save_figure(plot(curves), run / "plots" / f"{name}.svg")
-    for old in (run / "images").glob("*.jpg"):
+    for old in (run / "samples").glob("*.jpg"):
         old.unlink()
     threshold = metrics["threshold"] if metrics["threshold"] > 0 else 0.3
     drawn = draw_images(detections, annotations, threshold, spread(len(annotations), images))
     for number, (image_id, image) in enumerate(drawn):
         name = "".join(c if c.isalnum() or c in "-_" else "_" for c in image_id)[:60]
-        save_image(image, run / "images" / f"{number:02d}-{name}.jpg", quality=82)
+        save_image(image, run / "samples" / f"{number:02d}-{name}.jpg", quality=82)
     save_analysis(run, detections, annotations, metrics)
 
 # %% ../../nbs/70_runs/03_results.ipynb #bd349c9d

@@ -192,11 +192,11 @@ def _settle(self: Updater) -> None:
     if pending is None:
         return
     numbers, scaler = pending.read(), self.accelerator.scaler
-    self._numbers = pending.progress["step"] + 1, numbers | {"lr": pending.lr}
+    self._numbers = pending.position["step"] + 1, numbers | {"lr": pending.lr}
     self._in_a_row = self._in_a_row + 1 if numbers["skipped"] else 0
     if not numbers["skipped"]:
         return
-    began = pending.progress, pending.streams
+    began = pending.position, pending.streams
     if not math.isfinite(numbers["loss"]):
         wrong = [name for name, value in numbers.items() if not math.isfinite(value) and name != "grad_norm"]
         self._raise_nonfinite(", ".join(wrong), *began, pending.broken())
@@ -207,7 +207,7 @@ def _settle(self: Updater) -> None:
         self._raise_nonfinite(f"the gradient, {self._in_a_row} updates in a row", *began, rows)
     ids = self._ids(rows)
     if not self.ranks.rank:
-        tqdm.write(f"step {pending.progress['step']}: the gradient is not finite: update left out; image ids {ids}")
+        tqdm.write(f"step {pending.position['step']}: the gradient is not finite: update left out; image ids {ids}")
 
 # %% ../../nbs/60_train/08_update.ipynb #5ccc31f5
 @patch

@@ -12,14 +12,14 @@ import re
 from collections.abc import Callable
 
 import torch
-from ..external import External, Family, class_names_of
-from .variants import VARIANTS
 from torch import Tensor
 
 from ...base.core import InputError
 from ..backbones import RESNETS
+from ..external import External, Family, class_names_of
 from ..hgnet import HGNET_KEYS, HGNETS
 from .model import RTDETR, RTDETRConfig
+from .variants import VARIANTS
 
 # %% ../../../nbs/40_models/10_rtdetr/04_convert.ipynb #bee2745b
 LEVELS: dict[str, Callable[[list[int], int], int]] = {  # Which level a counted part belongs to

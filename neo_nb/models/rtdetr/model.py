@@ -232,7 +232,7 @@ def loss(
 @patch
 def detect(
     self: RTDETR,
-    outputs: RTDETROutputs,
+    outputs: Outputs,
     sizes: Int64[Tensor, "b 2"],  # (height, width) of the content
     original_sizes: Int64[Tensor, "b 2"],  # (height, width) of the original image
     max_dets: int | None = None,  # At most so many per image; the number of queries when None
