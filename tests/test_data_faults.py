@@ -209,7 +209,7 @@ def test_rows_beside_a_faulty_one_stay(workspace, kind):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_missing_image_folder(workspace, kind):
-    (workspace / "images").rename(workspace / "images")
+    (workspace / "images").rename(workspace / "elsewhere")
     if kind == "yolo":
         with pytest.raises(InputError, match="image folder .* does not exist"):
             load_dataset(kind, "val")

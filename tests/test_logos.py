@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from train_worker import photos
+from train_worker import images as photos
 
 from neo_nb.base.core import InputError
 from neo_nb.data.loader import make_loader

@@ -45,18 +45,18 @@ def test_an_unknown_recipe_is_answered_with_the_nearest():
 def test_the_stages_of_deim_over_its_own_120_epochs(loop):
     run = loop(recipe="deim", epochs=120, no_aug_epochs=3)
     stages = [run._stage_of(epoch) for epoch in range(120)]
-    expected = ["plain"] * 4 + ["dense"] * 60 + ["single"] * 53 + ["plain"] * 3
+    expected = ["plain"] * 4 + ["mosaic"] * 60 + ["single"] * 53 + ["plain"] * 3
     assert stages == expected
-    loaders = {stage: run._train_loader(stages.index(stage)) for stage in ("plain", "dense", "single")}
+    loaders = {stage: run._train_loader(stages.index(stage)) for stage in ("plain", "mosaic", "single")}
     assert [(x.items.mosaic, x.items.mixup) for x in loaders.values()] == [(0, 0), (0.5, 0.5), (0, 0)]
-    assert loaders["plain"].items.policy != loaders["single"].items.policy == loaders["dense"].items.policy
+    assert loaders["plain"].items.policy != loaders["single"].items.policy == loaders["mosaic"].items.policy
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 5, 16, 72])
 def test_stages_of_short_runs_keep_their_order(loop, epochs):
     run = loop(recipe="deim", epochs=epochs)
     stages = [run._stage_of(epoch) for epoch in range(epochs)]
-    order = {"plain": 0, "dense": 1, "single": 2}
+    order = {"plain": 0, "mosaic": 1, "single": 2}
     ranks = [order[s] for s in stages]
     middle = np.flatnonzero(ranks)
     assert len(middle) == 0 or (np.diff(ranks[middle[0] : middle[-1] + 1]) >= 0).all()
@@ -65,7 +65,7 @@ def test_stages_of_short_runs_keep_their_order(loop, epochs):
 
 def test_the_default_recipe_changes_nothing_but_at_its_end(loop):
     run = loop(epochs=10, no_aug_epochs=3)
-    assert [run._stage_of(epoch) for epoch in range(10)] == ["dense"] * 7 + ["plain"] * 3  # dense with shares of 0
+    assert [run._stage_of(epoch) for epoch in range(10)] == ["mosaic"] * 7 + ["plain"] * 3  # dense with shares of 0
     assert (run.loader.items.mosaic, run.loader.items.mixup) == (0, 0)
 
 
@@ -128,4 +128,4 @@ def test_a_run_of_deim_goes_through_all_its_stages(scenes, tmp_path, monkeypatch
     )  # fmt: skip
     train(config, tmp_path / "run", scenes, scenes)
     rows = (tmp_path / "run" / "results.csv").read_text().splitlines()
-    assert seen == ["plain", "dense", "single", "plain"] and len(rows) == 7
+    assert seen == ["plain", "mosaic", "single", "plain"] and len(rows) == 7

@@ -67,10 +67,10 @@ def updated(trainer: Trainer, batch, seen: list[Passage]) -> None:
     moments = [trainer.optimizer.state[p] for p in trained]  # each had a gradient, and was stepped
     assert {x.device.type for state in moments for x in state.values()} == {"cuda"}
 
-    besides = outside(update, "train/parts.py", "losses/matcher.py")
+    besides = outside(update, "train/micro_batches.py", "losses/matcher.py")
     assert not besides, predicted(besides)
     assert [p.way for p in update if "losses/matcher.py" in p.where] == MATCHER, predicted(update)
-    assert [p.way for p in update if "train/parts.py" in p.where] == BATCH + NUMBERS, predicted(update)
+    assert [p.way for p in update if "train/micro_batches.py" in p.where] == BATCH + NUMBERS, predicted(update)
 
 
 def evaluated(trainer: Trainer, model, batch) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_train import tensors
-from train_worker import photos
+from train_worker import images as photos
 
 from neo_nb.base.core import InputError, derive_seed
 from neo_nb.data.sampler import EpochBatchSampler, drawn, epoch_length

@@ -81,7 +81,7 @@ def export_onnx(
         raise InputError(
             f"opset {opset} takes layer norms apart, which half precision does not survive", None, "17 or more"
         )
-    size, max_dets = check_size(size), max_dets or model.num_queries
+    size, max_dets = check_size(size), max_dets or model.max_dets
     proto = _to_onnx(model, size, batch, max_dets, opset)
     record = model_record(model, **more) | {"size": list(size), "batch": batch, "max_dets": max_dets, "opset": opset}
     _describe(proto, record)

@@ -83,7 +83,7 @@ class DETROutputs(Outputs):
     layer_boxes: Float[Tensor, "l b q 4"]  # cxcywh, fractions of each image's content
     share: Float[Tensor, "b 4"]  # Content of the frame: width, height, width, height, 0..1
 
-
+# %% ../../nbs/40_models/15_detr.ipynb #f67e833e
 class DETR(DetectionModel):
     "A detection transformer with learned queries."
 
@@ -145,7 +145,7 @@ def _content(self: DETR, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tenso
     share = torch.stack([sizes[:, 1] / width, sizes[:, 0] / height], 1).float()
     return mask.long(), torch.cat([share, share], 1)
 
-
+# %% ../../nbs/40_models/15_detr.ipynb #f4cf2600
 @patch
 def forward(
     self: DETR,
@@ -294,7 +294,7 @@ _OLD_NAMES = (
     (r"(layers\.\d+)\.(fc[12])\.", r"\1.mlp.\2."),
 )
 
-
+# %% ../../nbs/40_models/15_detr.ipynb #457b82eb
 def infer_config(config: dict) -> DETRConfig:
     "What config.json says, as ours; raises `InputError` for a backbone that is none of ours."
     backbone = config.get("backbone_config") or {}

@@ -182,7 +182,7 @@ def is_external(path: str | Path) -> bool:
     except SafetensorError:
         return False
 
-
+# %% ../../nbs/40_models/22_weights.ipynb #c7a250fe
 def read_external(
     source: str | Path,  # A folder that transformers saved, a repository on the hub, or a .pth
 ) -> External:

@@ -115,7 +115,7 @@ def _train_loader(self: Loop, epoch: int) -> Loader:
         num_workers=c.num_workers,
         mosaic=c.mosaic if stage == "mosaic" else 0.0,
         mixup=c.mixup if stage == "mosaic" else 0.0,
-        max_objects=self.model.num_queries,
+        max_objects=self.model.capacity,
         cache=c.cache,
         drop_last=len(self.train_table) >= 2 * self.batch_size * self.accelerator.num_processes,
         quiet=epoch > 0,

@@ -110,10 +110,6 @@ class _Adjustable(DetectionModel):
         "Rows of the head for proposals."
         return len(tensors["decoder.enc_score.weight"]) if "decoder.enc_score.weight" in tensors else -1
 
-    def current_config(self) -> dict:
-        "The configuration, with the queries that are set now."
-        return super().current_config() | {"num_queries": self.num_queries}
-
 # %% ../../../nbs/40_models/10_rtdetr/02_model.ipynb #28407d4d
 class RTDETR(_Adjustable):
     "A real-time detection transformer."
@@ -249,6 +245,12 @@ def detect(
     return denormalize_boxes(boxes, sizes, original_sizes, outputs.padded), scores, labels
 
 # %% ../../../nbs/40_models/10_rtdetr/02_model.ipynb #642a02bb
+@patch
+def current_config(self: RTDETR) -> dict:
+    "The configuration, with the queries that are set now."
+    return super(RTDETR, self).current_config() | {"num_queries": self.num_queries}
+
+
 @patch
 def loss_counts(
     self: RTDETR,
