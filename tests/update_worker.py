@@ -139,7 +139,7 @@ def main(order: dict) -> None:
 
     loop = make_loop(folder, batch_size=2)
     plain = loop.model.loss
-    loop.model.loss = lambda *a: plain(*a) if rank == 0 else plain(replace_boxes(a[0]), *a[1:])
+    loop.model.loss = lambda out, *a, **k: plain(out if rank == 0 else replace_boxes(out), *a, **k)
     try:
         loop.update(next(chunks(loop.loader, 1)))
     except FloatingPointError as error:

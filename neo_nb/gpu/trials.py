@@ -152,10 +152,10 @@ def out_of_memory(bench: Bench) -> None:
         torch.cuda.set_per_process_memory_fraction(0.75 * peak / whole)
     else:  # no card to be short of memory: what the allocator would say
 
-        def starved(batch: Batch, *counts: float) -> Any:
+        def starved(batch: Batch, counts: Any) -> Any:
             if len(batch) > 4:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return plain(batch, *counts)
+            return plain(batch, counts)
 
         trainer._part = starved
     try:

@@ -120,7 +120,7 @@ def loss(
     "Weighted terms by name; the loss is their sum."
     raise NotImplementedError
 
-
+# %% ../../nbs/40_models/05_contract.ipynb #84e4a878
 @patch
 def detect(
     self: DetectionModel,

@@ -123,7 +123,7 @@ class DETR(DetectionModel):
         name = "network.class_labels_classifier.weight"
         return len(tensors[name]) - 1 if name in tensors else -1
 
-
+# %% ../../nbs/40_models/15_detr.ipynb #af31c942
 def _unfreeze(module: nn.Module) -> None:
     "Put trainable batch norms in the place of transformers' frozen ones."
     for name, part in module.named_children():

@@ -222,7 +222,8 @@ def fit(self: Trainer) -> dict[str, Any]:  # best, last: metrics; epochs, minute
     at, stopped = self.progress, False
     bar = tqdm(total=self.total, initial=at["step"], unit="update", disable=not main, mininterval=1.0, ncols=110)
     with Interrupt() as interrupt, bar:
-        while at["epoch"] < config.epochs and at["step"] < self.total and not stopped:
+        # an epoch whose last update was made before an interruption is still to be evaluated
+        while at["epoch"] < config.epochs and (at["step"] < self.total or at["batch"] or at["part"]) and not stopped:
             epochs = self.pace.epochs(self.total) if self.pace else config.epochs
             bar.set_description_str(f"epoch {at['epoch'] + 1}/{epochs}", refresh=False)
             if self.epoch(bar, interrupt, tracker):
