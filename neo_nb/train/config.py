@@ -192,9 +192,8 @@ def current_names(
 ) -> dict[str, Any]:  # The same under today's names
     "Settings that a run recorded, as they are called now."
     new = {_RENAMED.get(key, key): value for key, value in settings.items()}
-    if "gamma" in new:  # the factor of multistep, or the end of a cosine
-        steps = new.get("schedule", "multistep") == "multistep"
-        new["step_gamma" if steps else "final_lr_fraction"] = new.pop("gamma")
+    if "gamma" in new:  # the factor of multistep and the end of a cosine in one
+        new["step_gamma"] = new["final_lr_fraction"] = new.pop("gamma")
     return new
 
 # %% ../../nbs/60_train/00_config.ipynb #d227d49f
