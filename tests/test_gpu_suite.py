@@ -51,7 +51,7 @@ def found(tmp_path_factory):
     command = [python, "-m", "neo_nb.gpu.suite", folder, "--rehearse", "--seconds", "900"]
     ended = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    loaded = subprocess.run([python, "-c", "import fastcore"], env=env, capture_output=True)
+    loaded = subprocess.run([python, "-c", "import fiftyone"], env=env, capture_output=True)
     assert loaded.returncode == 1  # what is not listed is not there
     return folder, [json.loads(line) for line in (folder / "gpu.jsonl").read_text().splitlines()]
 

@@ -139,7 +139,7 @@ def test_the_schedule_ends_when_the_time_does(tmp_path):
 
 
 def test_a_race_that_was_cut_leaves_nothing_half_and_goes_on(few, tmp_path):
-    code = f"from neo_nb.recipes.equal_time import race; race(['ours'], {few!r}, [0], 10, {str(tmp_path / 'equal_time')!r}, jobs=1)"
+    code = f"from neo_nb.recipes.equal_time import equal_time; equal_time(['ours'], {few!r}, [0], 10, {str(tmp_path / 'race')!r}, jobs=1)"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
     log, deadline = tmp_path / "race" / "ours-0.log", time.monotonic() + 60
     while not log.exists() and time.monotonic() < deadline:

@@ -71,7 +71,7 @@ def test_a_weighted_training_that_was_stopped_ends_as_the_straight_one_bit_for_b
     stopped, update = Trainer(config, tmp_path / "stopped", table, table), Trainer.update
 
     def dies(self, *given):
-        if self.position["step"] == 3:
+        if self.progress["step"] == 3:
             raise RuntimeError("the power is gone")
         return update(self, *given)
 
