@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..base.core import InputError
 from .backbones import BasicBlock
 from .contract import check_unfused, freeze_for_inference
 from .layers import ConvNorm, CspRepLayer, RepVggBlock

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from ...base.core import InputError, check_choice
-from ...data.batch import Batch, Targets, check_contents, denormalize_boxes
+from ...data.batch import Targets, check_contents, denormalize_boxes
 from ...losses.criterion import Criterion
 from ...losses.denoising import Denoising, make_denoising
 from ...losses.denoising import num_asked as num_asked_about
