@@ -1,6 +1,8 @@
 """Every family through every command: train, resume, evaluate, export, predict, errors, benchmark, warm start."""
 
 import json
+import os
+import signal
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,13 +13,15 @@ import torch
 from command import neo as command
 from test_runs import QUIET, epochs, place
 
-from neo_nb.deploy.detector import load_detector
-from neo_nb.models import create_model, list_models, load_model, load_weights
+from neo_nb.base.core import InputError
+from neo_nb.data.manifest import load_dataset
+from neo_nb.deploy.detector import TorchDetector, load_detector
+from neo_nb.models import create_model, list_models, load_model, load_weights, save_weights
 from neo_nb.models.contract import DetectionModel
 from neo_nb.models.zoo import FAMILIES
 from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config
-from neo_nb.train.trainer import train
+from neo_nb.train.trainer import Trainer, train
 
 SMALLEST = ("rtdetr_nano", "detr_nano")
 families = pytest.mark.parametrize("name", SMALLEST)
@@ -68,11 +72,21 @@ def test_the_other_commands_take_the_run(trained):
     assert "images/s" in timed
     changed = neo("compare", number, number, cwd=folder)
     assert "0 objects gained, 0 lost" in changed
+    mined = json.loads(neo("mine", number, "--threshold", "0", "--json", cwd=folder))
+    assert mined["name"] == "cells-mined-1"
+
+
+def test_its_errors_are_browsed(trained):
+    from neo_nb.review.fiftyone_db import database_problem
+
+    if database_problem():
+        pytest.skip(database_problem())
+    _, folder, run = trained
+    views = json.loads(neo("errors", run.name.partition("-")[0], "--json", cwd=folder))["views"]
+    assert views["images with the most errors"] == 4
 
 
 def table(folder: Path):
-    from neo_nb.data.manifest import load_dataset
-
     return load_dataset(str(folder / "data_manifests/cells.yaml"), "train")
 
 
@@ -88,17 +102,12 @@ def test_a_run_that_is_cut_and_resumed_is_the_straight_one_bit_for_bit(name, tmp
     train(make_config(**more, epochs=2), tmp_path / "straight", cells, cells)
     state = load_state(tmp_path / "straight/weights/last.pt")
 
-    from neo_nb.train.trainer import Trainer
-
     first = Trainer(make_config(**more, epochs=2), tmp_path / "cut", cells, cells)
     saved = first.evaluate_epoch
 
     def stop(tracker):
         metrics = saved(tracker)
         if first.progress["epoch"] == 0:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
         return metrics
 
@@ -119,8 +128,6 @@ def test_weights_are_read_back_and_go_on_with_other_classes(name, tmp_path):
     torch.manual_seed(0)
     model = create_model(name, class_names=("a", "b", "c"), num_queries=20).eval()
     model.size = (64, 96)
-    from neo_nb.models import save_weights
-
     save_weights(model, tmp_path / "x.safetensors")
     again, record = load_model(tmp_path / "x.safetensors")
     images = torch.rand(2, 3, 64, 96)
@@ -133,7 +140,7 @@ def test_weights_are_read_back_and_go_on_with_other_classes(name, tmp_path):
     assert set(report.by_class) == set(heads) and report.fresh_classes == ("1 d",)
     for key in heads:
         assert torch.equal(other.state_dict()[key][0], model.state_dict()[key][2]), key
-    with pytest.raises(Exception, match="choose --classes"):
+    with pytest.raises(InputError, match="choose --classes"):
         load_weights(create_model(name, class_names=("d",), num_queries=20), tmp_path / "x.safetensors")
 
 
@@ -144,8 +151,6 @@ def test_a_detection_is_the_same_alone_and_among_images_of_other_shapes(name):
     model.size = (96, 160)
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 255, (h, w, 3), np.uint8) for h, w in ((90, 160), (160, 90), (33, 200), (8, 8))]
-    from neo_nb.deploy.detector import TorchDetector
-
     detector = TorchDetector(model)
     together = detector(images)
     for number, image in enumerate(images):
@@ -162,8 +167,6 @@ def test_detr_opens_what_transformers_saved_through_the_same_door(tmp_path):
     image = np.zeros((64, 96, 3), np.uint8)
     cv2.rectangle(image, (20, 10), (60, 50), (255, 255, 255), -1)
     detector = load_detector(tmp_path / "hf", size=(64, 96))
-    from neo_nb.deploy.detector import TorchDetector
-
     model.size = (64, 96)
     expected = TorchDetector(model.eval())([image])
     assert np.abs(np.sort(detector([image]).scores) - np.sort(expected.scores)).max() < 1e-5

@@ -84,6 +84,12 @@ def test_numbers_are_the_order_of_imports():
         assert not later, f"{module} imports {later}, whose numbers are larger"
 
 
+def test_the_readme_leads_to_every_chapter():
+    linked = set(re.findall(r"\]\(nbs/([^)]+)\)", (ROOT / "README.md").read_text()))
+    known = {str(p.relative_to(ROOT / "nbs")) for p in CHAPTERS if p.stem != "99_init"}
+    assert known <= linked, sorted(known - linked)
+
+
 def test_every_module_has_its_chapter():
     known = {module_of(p) for p in CHAPTERS}
     files = [p.relative_to(ROOT / "neo_nb").with_suffix("") for p in (ROOT / "neo_nb").rglob("*.py")]

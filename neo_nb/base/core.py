@@ -1,4 +1,4 @@
-"""Settings, messages, seeds and safe writing: what every room shares
+"""Settings, messages, seeds and safe writing: what every package shares
 
 Errors that speak (`InputError`), files that are whole or absent (`atomic_write`), the workspace's settings and one seed for everything."""
 

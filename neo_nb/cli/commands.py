@@ -139,6 +139,7 @@ def check_port(
 # %% ../../nbs/90_cli/02_commands.ipynb #a266aa99
 def train(args: Sequence[str]) -> Result:
     "Train a detector, evaluate it, write a report."
+    from neo_nb.models.zoo import check_loss
     from neo_nb.runs.hardware import list_targets
     from neo_nb.runs.run import new_run, open_run, read_record
     from neo_nb.train.config import TrainConfig, current_names, make_config
@@ -156,6 +157,7 @@ def train(args: Sequence[str]) -> Result:
     data = check_data(flags["data"], "train", "val")
     check_choice(flags["target"], list_targets(), "target")
     config = make_config(**chosen)
+    check_loss(config.model, config.loss)
     run = new_run(data=Path(data).stem, model=config.model)
     return run_notebook("train", run, chosen | shared | {"data": data, "target": flags["target"]})
 

@@ -254,7 +254,7 @@ def _max_objects(table: Annotations) -> int:
 
 # %% ../../nbs/20_data/17_loader.ipynb #d9154619
 def _cached(table: Annotations, size: tuple[int, int], limit: float, resize: Resize) -> tuple[dict | None, list[str]]:
-    "All images, scaled to fit `size`, in one array that num_workers share; None when it would exceed `limit` GiB."
+    "All images, scaled to fit `size`, in one array that the workers share; None when it would exceed `limit` GiB."
     sizes = np.array([fit((int(h), int(w)), size, resize) for h, w in table.sizes]).reshape(-1, 2)
     sizes = np.minimum(sizes, table.sizes)  # never larger than the file
     places = np.concatenate([[0], np.cumsum(sizes.prod(1) * 3)])

@@ -180,7 +180,7 @@ def compare(
     a: Detections,
     b: Detections,  # Of the same images
     iou_threshold: float = 0.95,  # From this overlap on two boxes are the same
-    min_score: float = 0.05,  # Detections that nobody would look at are not requested, only accepted as partners
+    min_score: float = 0.05,  # Below it a detection needs no partner, and may only be one
     score_bound: float = 1.0,  # From this difference in score on a pair does not agree
 ) -> dict:  # agreement (0..1), unmatched, apart, detections, largest score_difference, smallest iou, odd
     "How far two detectors say the same, as sets; `odd` lists what differs, surest first."

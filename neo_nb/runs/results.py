@@ -234,8 +234,9 @@ def plot_curves(
     "Loss, score and learning rate over the epochs."
     import matplotlib.pyplot as plt
 
+    losses = [name for name in (rows[0] if rows else ()) if name.startswith("loss")]  # each family has its own terms
     panels = (
-        ("loss, training", ("loss", "loss_vfl", "loss_l1", "loss_giou")),
+        ("loss, training", losses),
         ("score, validation", ("AP50", "F1", "AP", "AP75")),
         ("learning rate", ("lr",)),
     )

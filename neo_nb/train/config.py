@@ -109,7 +109,7 @@ class TrainConfig(ScheduleSettings):
         description="auto, cpu, cuda or cuda:N; auto: a GPU if there is one",
     )
     compile: bool = Field(
-        False, description="torch.compile: minutes at the start, faster steps; not with checkpointing"
+        False, description="torch.compile: minutes at the start, faster steps; not with grad_checkpointing"
     )
     deterministic: bool = Field(False, description="kernels that repeat themselves on a GPU, not the fastest ones")
     grad_checkpointing: bool = Field(False, description="compute layers twice in training, to need less memory")
@@ -198,7 +198,7 @@ def current_names(
 
 # %% ../../nbs/60_train/00_config.ipynb #d227d49f
 def make_config(
-    target: Mapping[str, Any] | None = None,  # Settings of the machine: precision, batch_size, accumulation, …
+    target: Mapping[str, Any] | None = None,  # Settings of the machine: precision, batch_size, grad_accum_steps, …
     **flags: Any,  # What was requested; None means: not requested
 ) -> TrainConfig:
     "Defaults, then the recipe, then its part for the model, then the machine, then the flags: the later one counts."
