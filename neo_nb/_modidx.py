@@ -1054,6 +1054,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'neo_nb/models/fuse.py'),
                                     'neo_nb.models.fuse.PackedConv.forward': ( '40_models/fuse.html#packedconv.forward',
                                                                                'neo_nb/models/fuse.py'),
+                                    'neo_nb.models.fuse.PackedConv.weight_for': ( '40_models/fuse.html#packedconv.weight_for',
+                                                                                  'neo_nb/models/fuse.py'),
                                     'neo_nb.models.fuse.RTDETR.fuse': ('40_models/fuse.html#rtdetr.fuse', 'neo_nb/models/fuse.py'),
                                     'neo_nb.models.fuse._conv': ('40_models/fuse.html#_conv', 'neo_nb/models/fuse.py'),
                                     'neo_nb.models.fuse.compose_1x1': ('40_models/fuse.html#compose_1x1', 'neo_nb/models/fuse.py'),
