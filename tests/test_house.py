@@ -152,3 +152,25 @@ def test_constraints_hold_names_and_versions_only():
 def test_the_changelog_knows_the_version_and_the_readme_is_fresh():
     assert f"[{neo_nb.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
     assert subprocess.run([sys.executable, ".ci/readme.py", "--check"], cwd=ROOT).returncode == 0
+
+
+# Names that were replaced by the field's; `current_names` reads the settings among them in old runs
+REPLACED = """
+    load_artifact TorchArtifact OnnxArtifact SlicedArtifact Artifact artifact find_artifact take_print to_network to_pixels
+    to_whole whole_of min_kept small_repeat in_view InputContract read_contract our_name read_foreign is_foreign
+    as_they_are take_turns find_pairs error_costs find_doubts Doubts refuse_golden Competitor Racer plain_epochs best_by
+    open_table save_table start_from alternate mend mended pictures picture
+"""
+
+
+def test_no_old_name_is_left():
+    words = re.compile(rf"\b({'|'.join(REPLACED.split())})\b")
+    kept = "_RENAMED = {"  # the table of old settings
+    hits = []
+    for path in NOTEBOOKS:
+        for cell in cells(path):
+            if kept not in cell["source"] and (found := words.search(cell["source"])):
+                hits.append(f"{path.relative_to(ROOT)}: {found[0]}")
+    for path in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        hits += [f"{path.name}: {found}" for found in words.findall(path.read_text())]
+    assert not hits, hits
