@@ -173,6 +173,24 @@ def test_every_command_has_help(neo):
         assert status == 0 and f"usage: neo {name}" in out, name
 
 
+def test_models_are_a_table(neo):
+    status, out, _ = neo("models", "rtdetr_n*", "detr_r50", "--size", 320, 320, "--json")
+    rows = {row["model"]: row for row in json.loads(out)["models"]}
+    assert status == 0 and list(rows) == ["rtdetr_nano", "detr_r50"]
+    assert rows["detr_r50"]["weights"] == "facebook/detr-resnet-50 (Apache-2.0)"
+    assert 1 < rows["rtdetr_nano"]["GFLOPs"] < 3
+    refused(neo("models", "yolo11n"), "no model is called 'yolo11n'")
+
+
+def test_weights_of_a_backbone_are_checked_before_a_run_begins(neo, workplace):
+    refused(neo("train", "--model", "rtdetr_nano", "--pretrained", "hub"), "pretrained is for timm's backbones")
+    refused(
+        neo("train", "--model", "rtdetr_timm", "--pretrained", "package"), "no package carries weights of resnet50d"
+    )
+    refused(neo("train", "--model", "rtdetr_timm", "--pretrained", "none.pth"), "no such file", "none.pth")
+    assert not runs(workplace)
+
+
 def test_json_is_alone_on_standard_output(neo):
     status, out, _ = neo("data", "list", "--json")
     assert status == 0

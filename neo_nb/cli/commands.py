@@ -6,7 +6,8 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'Result', 'relative', 'check_data', 'run_notebook', 'find_detector', 'resolve_weights', 'run_about',
-           'check_tile', 'check_port', 'train', 'evaluate', 'export', 'benchmark', 'predict', 'demo', 'doctor']
+           'check_tile', 'check_port', 'train', 'evaluate', 'export', 'benchmark', 'predict', 'models', 'demo',
+           'doctor']
 
 # %% ../../nbs/90_cli/02_commands.ipynb #7e69c695
 import json
@@ -139,7 +140,7 @@ def check_port(
 # %% ../../nbs/90_cli/02_commands.ipynb #a266aa99
 def train(args: Sequence[str]) -> Result:
     "Train a detector, evaluate it, write a report."
-    from neo_nb.models.zoo import check_loss
+    from neo_nb.models.zoo import check_model
     from neo_nb.runs.hardware import list_targets
     from neo_nb.runs.run import new_run, open_run, read_record
     from neo_nb.train.config import TrainConfig, current_names, make_config
@@ -157,7 +158,7 @@ def train(args: Sequence[str]) -> Result:
     data = check_data(flags["data"], "train", "val")
     check_choice(flags["target"], list_targets(), "target")
     config = make_config(**chosen)
-    check_loss(config.model, config.loss)
+    check_model(config.model, config.loss, config.backbone, config.pretrained)
     run = new_run(data=Path(data).stem, model=config.model)
     return run_notebook("train", run, chosen | shared | {"data": data, "target": flags["target"]})
 
@@ -287,6 +288,18 @@ def predict(
     counts = ", ".join(f"{n} {name}" for name, n in found["counts"].items())
     text = f"{len(files)} images, {sum(found['counts'].values())} boxes above {found['threshold']:.2f}: {counts or 'none'}"
     return Result(text, found, run)
+
+# %% ../../nbs/90_cli/02_commands.ipynb #d726677f
+def models(
+    patterns: tuple[str, ...],  # Names, such as "rtdetr_*"; all when none is given
+    size: tuple[int, int] = (640, 640),  # (height, width) that FLOPs are counted at
+) -> Result:
+    "The detectors: what each costs, what it expects, and where its weights are."
+    from neo_nb.models.catalog import model_table
+
+    table = model_table(*patterns, size=size)
+    text = f"{table.reset_index().to_string(index=False)}\n\nGFLOPs of one image at {size[0]} x {size[1]} (height x width)"
+    return Result(text, {"models": table.reset_index().to_dict("records")})
 
 # %% ../../nbs/90_cli/02_commands.ipynb #cc186790
 DEMO = {"epochs": 8, "passes_per_epoch": 2, "max_minutes": 8.0}  # minutes, not hours: enough to see that it learns

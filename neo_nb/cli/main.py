@@ -16,7 +16,19 @@ from pathlib import Path
 
 from ..base.core import InputError, check_choice, raise_for_disk, settings
 from .args import parse, placed
-from .commands import Result, benchmark, check_port, demo, doctor, evaluate, export, predict, relative, train
+from neo_nb.cli.commands import (
+    Result,
+    benchmark,
+    check_port,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    models,
+    predict,
+    relative,
+    train,
+)
 from .data_commands import data_check, data_fetch, data_import, data_list, data_show, data_tile
 from .recipe_commands import logo, mine
 from .review_commands import compare, errors
@@ -76,6 +88,7 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "data import": (data_import, "read a folder in COCO, YOLO, VOC or DICE format, and write its manifest"),
     "data tile": (data_tile, "cut a data set into tiles, for objects too small in whole images"),
     "data fetch": (data_fetch, "download a data set, resuming, verified"),
+    "models": (models, "the detectors: parameters, FLOPs, what they expect, where their weights are"),
     "train": (train, "train a detector, evaluate it, write a report"),
     "evaluate": (evaluate, "score a run, weights or an ONNX file on any data set"),
     "mine": (mine, "confident false positives into a manifest that draws them more often"),

@@ -28,6 +28,7 @@ from ..data.batch import Targets, denormalize_boxes
 from ..losses.criterion import ignored
 from .contract import DetectionModel, Outputs, Preprocessing
 from .external import External, Family, class_names_of
+from .timm_backbone import check_pretrained, make_timm
 
 # %% ../../nbs/40_models/15_detr.ipynb #393d0616
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class DETRConfig:
     widths: tuple[int, ...] = (256, 512, 1024, 2048)  # Channels of each stage
     depths: tuple[int, ...] = (3, 4, 6, 3)  # Blocks of each stage
     block: str = "bottleneck"  # or "basic"
-    pretrained: bool = False  # timm's weights for a timm backbone
+    pretrained: str | None = None  # Weights of a timm backbone: "hub", "package" or a file
     freeze_bn: bool = True  # The backbone's batch norms, its stem and its first stage
     channels: int = 256
     encoder_layers: int = 6
@@ -62,7 +63,7 @@ def reference_config(config: DETRConfig, num_classes: int) -> Any:  # transforme
     elif c.backbone.startswith("timm/"):
         stride = {"output_stride": 16} if c.dilation else {}
         name = c.backbone.removeprefix("timm/")
-        backbone = timm | {"backbone": name, "use_pretrained_backbone": c.pretrained} | stride
+        backbone = timm | {"backbone": name, "use_pretrained_backbone": False} | stride
     else:
         raise InputError(
             f"DETR has no backbone {c.backbone!r}", None, "timm/NAME, or resnet with stem, widths, depths"
@@ -100,6 +101,8 @@ class DETR(DetectionModel):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a width is no power of two
             self.network = DetrForObjectDetection(reference_config(config, num_classes))
+        if config.pretrained:
+            self._load_backbone()
         if not config.freeze_bn:
             _unfreeze(self.network.model.backbone)
 
@@ -125,6 +128,18 @@ class DETR(DetectionModel):
         return len(tensors[name]) - 1 if name in tensors else -1
 
 # %% ../../nbs/40_models/15_detr.ipynb #af31c942
+@patch
+def _load_backbone(self: DETR) -> None:
+    "ImageNet weights in the backbone; transformers' frozen norms have all of a batch norm but its counter."
+    c = self.config
+    check_pretrained(c.backbone, c.pretrained)
+    body = make_timm(c.backbone.removeprefix("timm/"), c.pretrained, out_indices=[1, 2, 3, 4])
+    tensors = {key: x for key, x in body.state_dict().items() if not key.endswith("num_batches_tracked")}
+    own = self.network.model.backbone.model
+    missing, unknown = own.load_state_dict(tensors, strict=False)
+    assert not unknown and all(key.endswith("num_batches_tracked") for key in missing), (missing, unknown)
+
+
 def _unfreeze(module: nn.Module) -> None:
     "Put trainable batch norms in the place of transformers' frozen ones."
     for name, part in module.named_children():
@@ -332,4 +347,6 @@ def convert(
     return External(new, class_names_of(config), variant, own, (800, 1333))
 
 
-FAMILY = Family("detr", DETR, DETRConfig, VARIANTS, convert, "Apache-2.0", "arXiv 2005.12872")
+_PUBLISHED = {f"detr_{own}": f"facebook/detr-resnet-{theirs}"
+              for own, theirs in (("r50", "50"), ("r50_dc5", "50-dc5"), ("r101", "101"))}  # fmt: skip
+FAMILY = Family("detr", DETR, DETRConfig, VARIANTS, convert, "Apache-2.0", "arXiv 2005.12872", _PUBLISHED)

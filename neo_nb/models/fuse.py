@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .backbones import BasicBlock
 from .contract import check_unfused, freeze_for_inference
 from .layers import ConvNorm, CspRepLayer, RepVggBlock
+from .resnet import BasicBlock
 from .rtdetr.model import RTDETR
 
 # %% ../../nbs/40_models/24_fuse.ipynb #017035a1

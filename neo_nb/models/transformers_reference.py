@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ..base.core import InputError, check_choice
 from ..data.batch import Targets
-from .backbones import RESNETS, Bottleneck
 from .contract import Outputs, Preprocessing
 from .hgnet import HGNETS
+from .resnet import RESNETS, Bottleneck
 from .rtdetr.model import RTDETR, RTDETRConfig
 from .zoo import VARIANTS
 

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from ..base.core import InputError, atomic_write, check_choice
 from ..base.geometry import Resize
+from .checkpoint_files import read_checkpoint
 from .contract import DetectionModel, Preprocessing
-from .external import External, read_checkpoint
+from .external import External
 from .zoo import FAMILIES, VARIANTS, create_model, family_of
 
 # %% ../../nbs/40_models/22_weights.ipynb #f7fb777b
@@ -158,7 +159,7 @@ def load_model(
 def _config(record: dict, where: str | Path) -> Any:
     "The configuration in a record, without weights to fetch."
     kind = family_of(record["model"]).config
-    without = {"pretrained": False} if "pretrained" in {field.name for field in fields(kind)} else {}
+    without = {"pretrained": None} if "pretrained" in {field.name for field in fields(kind)} else {}
     return kind(**_known(kind, record["config"] | without, "the configuration", where))
 
 

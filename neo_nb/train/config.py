@@ -26,7 +26,9 @@ class ModelSettings(BaseModel):
     recipe: Literal["default", "plain", "deim"] = Field("default", description="how it is trained, by name")
     num_queries: int | None = Field(None, ge=1, description="boxes per image at most; None: the model's own")
     backbone: str | None = Field(None, description="another backbone, such as timm/convnext_tiny")
-    pretrained: bool = Field(False, description="timm's weights for a timm backbone")
+    pretrained: str | None = Field(
+        None, description="weights of a timm backbone: hub (timm's own), package (an installed one), or a file"
+    )
     freeze_norms: bool = Field(False, description="keep all batch norms fixed: for fine-tuning with tiny batches")
     freeze_epochs: int = Field(0, ge=0, description="first epochs with the backbone fixed, its statistics too")
     weights: str | None = Field(None, description="start from the weights of a run or a file")
@@ -138,12 +140,15 @@ _NANO: dict[str, Any] = {
     "max_grad_norm": 1.0,
 }
 _NANO |= {"cache": True, "warmup": 0.03}
+_MILD: dict[str, Any] = {"schedule": "cosine", "final_lr_fraction": 0.02, "policy": "mild", "no_aug_epochs": 3}
 
 # default: what this project trains with when nothing is said. Larger models: fine-tuning from published weights, the
-# rate in three steps, as in a 72-epoch training at 1080p. rtdetr_nano: a rate that falls all along, mild images.
+# rate in three steps, as in a 72-epoch training at 1080p. rtdetr_nano: a rate that falls all along, mild images;
+# rtdetr_lite0: the same, its backbone slower, since it is meant to start from ImageNet weights.
 DEFAULT: dict[str, dict[str, Any]] = {
     "*": {"schedule": "multistep", "warmup": 5 / 72, "no_aug_epochs": 1},
-    "rtdetr_nano": _NANO | {"schedule": "cosine", "final_lr_fraction": 0.02, "policy": "mild", "no_aug_epochs": 3},
+    "rtdetr_nano": _NANO | _MILD,
+    "rtdetr_lite0": _NANO | _MILD | {"backbone_lr": 2e-4},
 }
 
 # plain: RT-DETRv2's own, for comparisons (arXiv 2407.17140 and its configurations): 72 epochs, 1e-4 and 1e-5 for the
@@ -194,6 +199,8 @@ def current_names(
     new = {_RENAMED.get(key, key): value for key, value in settings.items()}
     if "gamma" in new:  # the factor of multistep and the end of a cosine in one
         new["step_gamma"] = new["final_lr_fraction"] = new.pop("gamma")
+    if isinstance(new.get("pretrained"), bool):  # timm's own weights, or none
+        new["pretrained"] = "hub" if new["pretrained"] else None
     return new
 
 # %% ../../nbs/60_train/00_config.ipynb #d227d49f

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ...base.core import InputError
-from ..backbones import RESNETS
 from ..external import External, Family, class_names_of
 from ..hgnet import HGNET_KEYS, HGNETS
+from ..resnet import RESNETS
 from .model import RTDETR, RTDETRConfig
 from .variants import VARIANTS
 
@@ -196,4 +196,8 @@ def convert(
     return External(new, class_names_of(config), name, own, (640, 640), {"resize": "stretch"})
 
 
-FAMILY = Family("rtdetr", RTDETR, RTDETRConfig, VARIANTS, convert, "Apache-2.0", "arXiv 2304.08069, 2407.17140")
+_PUBLISHED = {f"{ours}_{size}": f"PekingU/{theirs}_{size}vd" for size in ("r18", "r34", "r50", "r101")
+              for ours, theirs in (("rtdetr", "rtdetr"), ("rtdetrv2", "rtdetr_v2"))}  # fmt: skip
+FAMILY = Family(
+    "rtdetr", RTDETR, RTDETRConfig, VARIANTS, convert, "Apache-2.0", "arXiv 2304.08069, 2407.17140", _PUBLISHED
+)

@@ -32,7 +32,7 @@ class RTDETRConfig:
     "All that defines the network besides its classes."
 
     backbone: str = "resnet50vd"  # As in `make_backbone`
-    pretrained: bool = False  # timm's weights for a timm backbone
+    pretrained: str | None = None  # Weights of a timm backbone: "hub", "package" or a file
     freeze_at: int = -1  # Stages of the backbone to freeze: 0 the stem, 1 the first stage, …
     freeze_bn: bool = False  # Freeze the backbone's batch norms
     channels: int = 256  # Width of the decoder

@@ -38,6 +38,18 @@ VARIANTS: dict[str, RTDETRConfig] = {
         heads=4,
         feedforward=192,
     ),
+    "rtdetr_lite0": RTDETRConfig(
+        "timm/tf_efficientnet_lite0",
+        channels=128,
+        encoder_channels=128,
+        encoder_feedforward=256,
+        blocks=1,
+        expansion=0.5,
+        num_queries=100,
+        decoder_layers=3,
+        heads=4,
+        feedforward=256,
+    ),
     **{f"rtdetr_{name}": config for name, config in _PUBLISHED.items()},
     "rtdetr_timm": RTDETRConfig("timm/resnet50d"),
     # the second version says the number of sampling points level by level, and can be trained to sample discretely
