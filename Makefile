@@ -29,9 +29,9 @@ lab: setup  ## JupyterLab; begin with nbs/tutorials/explore.ipynb
 hooks: setup  ## Check before every commit what `make test` would complain of
 	@.venv/bin/pre-commit install
 
-format: setup  ## Format notebooks and tests, export, clean
+format: setup  ## Format notebooks and tests, export, clean, write the parameter cells of run notebooks
 	@.venv/bin/ruff format -q nbs tests .ci && .venv/bin/ruff check -q --fix nbs tests .ci
-	@.venv/bin/nbdev-export && .venv/bin/nbdev-clean
+	@.venv/bin/nbdev-export && .venv/bin/nbdev-clean && $(PY) .ci/parameters.py
 
 clean:  ## Remove .venv and caches; data and reports stay
 	@rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache *.egg-info

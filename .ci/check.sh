@@ -26,8 +26,9 @@ diff "$scratch/before" "$scratch/after" > "$scratch/diff" || {
 step "imports run downwards"
 lint-imports --no-cache -q 2>/dev/null || lint-imports
 
-step "README is fresh"
+step "README and parameter cells are fresh"
 python .ci/readme.py --check
+python .ci/parameters.py --check
 
 step "chapters"
 nbdev-test --n-workers 2

@@ -38,9 +38,9 @@ echo "setup: installing (a few minutes the first time: torch is large)"
 uv=$(command -v uv || true)
 if [ -z "$uv" ] && .venv/bin/python -m pip install -q uv 2>/dev/null; then uv=.venv/bin/uv; fi
 if [ -n "$uv" ]; then
-  UV_LINK_MODE=${UV_LINK_MODE:-copy} "$uv" pip install -q --python .venv/bin/python -c constraints.txt -e '.[dev]'
+  UV_LINK_MODE=${UV_LINK_MODE:-copy} "$uv" pip install -q --python .venv/bin/python -c constraints.txt -e '.[dev,pretrained]'
 else
-  .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+  .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev,pretrained]'
 fi
 .venv/bin/python .ci/database.py
 echo "$wanted" > .venv/made-from

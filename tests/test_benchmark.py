@@ -9,10 +9,10 @@ from neo_nb.runs.run import execute, new_run
 
 
 def test_compare_measures_every_side_of_every_case(workplace):  # noqa: F811
-    run = new_run(data="transformers", model="nano", kind="compare")
+    run = new_run(data="transformers", model="nano", kind="benchmark")
     settings = {"model": "rtdetr_nano", "sizes": [[64, 96]], "objects": [5], "rounds": 2}
-    execute("compare", run, settings)
-    found = json.loads((run / "compare.json").read_text())
+    execute("benchmark_transformers", run, settings)
+    found = json.loads((run / "benchmark.json").read_text())
     sides = {(row["what"], row["competitor"]) for row in found["ratios"]}
     assert {side for what, side in sides if what == "inference"} == {
         "transformers",

@@ -83,7 +83,9 @@ def card_precision(
     capability: tuple[int, int],  # Compute capability of a GPU
 ) -> Literal["fp32", "fp16", "bf16"]:
     "What `auto` means on a GPU: the shortest format that its tensor cores have and that is safe."
-    return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
+    if capability >= (8, 0):
+        return "bf16"
+    return "fp16" if capability >= (7, 0) else "fp32"
 
 
 def resolve_precision(

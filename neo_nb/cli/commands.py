@@ -243,10 +243,10 @@ def benchmark(
     if against is not None:
         from neo_nb.runs.run import new_run
 
-        run = new_run(data=against, model=model, kind="compare")
+        run = new_run(data=against, model=model, kind="benchmark")
         asked = {"model": model, "rounds": rounds, "compiled": compiled, "device": device, "precision": precision}
-        done = run_notebook("compare", run, asked)
-        found = json.loads((run / "compare.json").read_text())
+        done = run_notebook("benchmark_transformers", run, asked)
+        found = json.loads((run / "benchmark.json").read_text())
         lines = [
             f"{r['ratio']:6.2f}  {r['what']}, {r['competitor']}, {r['input']}, batch {r['batch']}"
             for r in found["ratios"]

@@ -90,7 +90,7 @@ def check_disk() -> list[Finding]:
         there = next(p for p in (path, *path.parents) if p.exists())
         free, write = shutil.disk_usage(there).free / 2**30, os.access(there, os.W_OK)
         fix = f"set NEO_{key.upper()} to a folder with room" if free < 2 or not write else ""
-        state = "ok" if not fix else "warn" if write else "lack"
+        state = {(False, True): "ok", (True, True): "warn"}.get((bool(fix), write), "lack")
         found.append(Finding(key, state, f"{free:.0f} GiB free at {path}" + ("" if write else ", not writable"), fix))
     return found
 

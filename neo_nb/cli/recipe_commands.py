@@ -15,8 +15,6 @@ from pathlib import Path
 from ..base.core import InputError, workspace_root
 from ..base.devices import Precision, check_device
 from .commands import Result, check_data, check_tile, find_detector, relative, run_about, run_notebook
-from ..recipes.small_objects import STEPS, choose_steps
-from ..recipes.step_report import steps_table, verdicts
 
 # %% ../../nbs/90_cli/05_recipe_commands.ipynb #01ec8084
 def _check(
@@ -94,6 +92,7 @@ def logo(
     resume: str | None = None,  # A run of this command to go on with
 ) -> Result:
     "From a first training to a release: larger input, tiles, mining, and what each is worth."
+    from neo_nb.recipes.small_objects import STEPS, choose_steps
     from neo_nb.runs.run import new_run, open_run, read_record
 
     if resume:
@@ -114,6 +113,8 @@ def logo(
 def _found(done: Result) -> Result:
     "The table and what it says."
     import pandas as pd
+
+    from neo_nb.recipes.step_report import steps_table, verdicts
 
     rows = pd.read_csv(done.run / "logo.csv")
     table = steps_table(rows)

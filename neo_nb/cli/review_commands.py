@@ -122,8 +122,8 @@ def compare(
             raise InputError("this run has no detections", folder, "neo evaluate RUN, and take the run that it makes")
     numbers = [folder.name.partition("-")[0] for folder in runs]
     run = new_run(data=numbers[0], model=numbers[1], kind="compare")
-    run_notebook("changes", run, {"first": runs[0], "second": runs[1], "draws": draws})
-    found = json.loads((run / "changes.json").read_text())
+    run_notebook("compare_runs", run, {"first": runs[0], "second": runs[1], "draws": draws})
+    found = json.loads((run / "comparison.json").read_text())
     lines = [f"{'':6} {'first':>7} {'second':>7} {'change':>8}   95 % interval"]
     for name, row in found["numbers"].items():
         low, high = row["interval"]

@@ -232,7 +232,9 @@ def _box_ids(table: Annotations) -> tuple[list[int], bool]:
 
 def _short(value: float) -> float | int:
     "A number as short as the table's own precision (float32) allows."
-    return int(value) if value == int(value) else float(f"{value:.7g}") if abs(value) >= 1e-4 else value
+    if value == int(value):
+        return int(value)
+    return float(f"{value:.7g}") if abs(value) >= 1e-4 else value
 
 # %% ../../nbs/20_data/01_coco.ipynb #a573b6ca
 def _images(table: Annotations) -> list[dict[str, Any]]:

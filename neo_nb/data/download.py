@@ -191,15 +191,22 @@ _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "symbolic 
 def _zip_members(file: zipfile.ZipFile) -> Iterator[_Member]:
     for info in file.infolist():
         mode = stat.S_IFMT(info.external_attr >> 16)  # 0 where the maker's system has none
-        kind = _KINDS.get(mode, "device or pipe") if mode else "folder" if info.is_dir() else "file"
+        plain = "folder" if info.is_dir() else "file"
+        kind = _KINDS.get(mode, "device or pipe") if mode else plain
         yield _Member(info.filename, kind, info.file_size, partial(file.open, info))
 
 
 def _tar_members(file: tarfile.TarFile) -> Iterator[_Member]:
     for info in file:
-        kind = "file" if info.isreg() else "folder" if info.isdir() else "device, pipe or something unknown"
-        kind = "symbolic link" if info.issym() else "hard link" if info.islnk() else kind
-        kind = "file of a negative size" if info.size < 0 else kind  # after which Python would read it for ever
+        is_kind = {
+            "file": info.isreg(),
+            "folder": info.isdir(),
+            "symbolic link": info.issym(),
+            "hard link": info.islnk(),
+        }
+        kind = next((kind for kind, yes in is_kind.items() if yes), "device, pipe or something unknown")
+        if info.size < 0:  # Python would read it for ever
+            kind = "file of a negative size"
         yield _Member(info.name, kind, info.size, partial(file.extractfile, info))
     file.fileobj.seek(file.offset)  # Python takes a header that is cut off or damaged for the end
     if file.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):

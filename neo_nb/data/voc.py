@@ -131,7 +131,7 @@ def _image_of(root: ElementTree.Element, path: Path, row: int, name: str) -> tup
     sides = (_number(size, "height"), _number(size, "width"))
     own = (root.findtext("id") or "").strip()
     whole = re.fullmatch(r"-?\d+", own)
-    image_id = (int(own) if whole else own) if own else row + 1
+    image_id = int(own) if whole else own or row + 1
     if any(math.isnan(s) or s < 1 for s in sides):
         return image_id, None
     return image_id, (int(sides[0]), int(sides[1]))

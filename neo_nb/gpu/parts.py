@@ -193,7 +193,8 @@ def latencies(bench: Bench, compiled: bool = False) -> None:
     "p50, p90 and p99 of each way to run each model at each size in fp16 and bf16."
     for name in dict.fromkeys(bench.models):
         for size in bench.sizes:
-            for precision in ("fp16", "bf16")[: 1 if compiled else 2] if bench.cuda else ("bf16",):
+            both = ("fp16",) if compiled else ("fp16", "bf16")
+            for precision in both if bench.cuda else ("bf16",):
                 given = {"compiled": compiled, "device": bench.device, "backend": bench.backend}
                 calls = inference(name, size, precision=precision, **given)
                 if compiled:

@@ -100,7 +100,9 @@ def model_card(
     others = [tag for tag in header.get("tags") or [] if not tag.startswith("rtdetr")]
     header.tags = list(dict.fromkeys(["rt-detr", record["model"], *others]))
     text = before.text if before else old
-    own = text.split(YOURS, 1)[1] if YOURS in text else f"\n\n{text}" if text.strip() else "\n"
+    own = f"\n\n{text}" if text.strip() else "\n"
+    if YOURS in text:
+        own = text.split(YOURS, 1)[1]
     return f"---\n{header.to_yaml()}\n---\n\n{_body(record, name, header.license)}\n\n{YOURS}{own}"
 
 

@@ -1,4 +1,4 @@
-"""transformers' RT-DETR at our sizes and under our contract, to be raced against
+"""transformers' RT-DETR at our sizes and under our contract, to be compared with
 
 `TransformersDetector`: transformers' network and loss, made to our `RTDETRConfig`; `reference_config` translates the sizes."""
 
@@ -38,12 +38,12 @@ def reference_config(
     from transformers import RTDetrConfig, RTDetrV2Config
 
     if config.backbone not in (*RESNETS, *HGNETS):
-        what = f"transformers has no backbone {config.backbone!r} to race"
+        what = f"transformers has no backbone {config.backbone!r} to compare with"
         raise InputError(what, remedy=f"one of {[*RESNETS, *HGNETS]}")
     points = {config.points} if isinstance(config.points, int) else set(config.points)
     if config.strides != (8, 16, 32) or len(points) > 1 or (config.sampling, kind) == ("discrete", "rt_detr"):
         what = f"transformers' {kind} has no strides {config.strides} with points {config.points}, {config.sampling}"
-        raise InputError(what, remedy="race strides 8, 16, 32, with as many points on each level")
+        raise InputError(what, remedy="compare strides 8, 16, 32, with as many points on each level")
     backbone, widths = _hgnet(config.backbone) if config.backbone in HGNETS else _resnet(config.backbone)
     classes = {"rt_detr": RTDetrConfig, "rt_detr_v2": RTDetrV2Config}
     make = classes[check_choice(kind, PEERS, "peer")]

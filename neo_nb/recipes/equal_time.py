@@ -35,6 +35,18 @@ from ..train.trainer import Trainer
 if TYPE_CHECKING:
     import pandas as pd
     import torch
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import t
+from tqdm import tqdm
+
+from ..base.core import seed_everything
+from ..models.layers import position_embedding
+from ..models.rtdetr import hybrid_encoder
+from ..models.transformers_reference import PEERS, TransformersDetector
 
 # %% ../../nbs/80_recipes/00_equal_time.ipynb #c1b18a7d
 @dataclass(frozen=True)
@@ -66,8 +78,6 @@ def get_variant(
         return COMPETITORS[check_choice(entry, COMPETITORS, "competitor")]
     row = entry if isinstance(entry, Variant) else Variant(**_checked(entry))
     if row.peer is not None:
-        from neo_nb.models.transformers_reference import PEERS
-
         check_choice(row.peer, PEERS, "peer")
     if row.position not in (None, "published"):
         raise InputError(f"no such position embedding: {row.position!r}", row.name, "leave it out, or say published")
@@ -155,8 +165,6 @@ def published_position_embedding(
     device: "torch.device | str | None" = None,
 ) -> "torch.Tensor":  # In the order of a map that is `width` high and `height` wide
     "The published layout: right where height equals width, a wrong place for every token elsewhere."
-    from neo_nb.models.layers import position_embedding
-
     return position_embedding(width, height, channels, temperature=temperature, device=device)
 
 # %% ../../nbs/80_recipes/00_equal_time.ipynb #4b262809
@@ -168,23 +176,16 @@ def run_one(
     entrant, config = Variant(**job["competitor"]), TrainConfig(**job["config"])
     train_table, val_table = load_dataset(job["data"], "train"), load_dataset(job["data"], "val")
     if entrant.position == "published":
-        from neo_nb.models.rtdetr import hybrid_encoder
-
         hybrid_encoder.position_embedding = published_position_embedding
     model = _peer(config, entrant.peer, train_table) if entrant.peer else None
-    racer = TimedTrainer(config, path.parent / path.stem, train_table, val_table, model)
-    rows = racer.train_for(job["minutes"], job["evaluations"])
+    trainer = TimedTrainer(config, path.parent / path.stem, train_table, val_table, model)
+    rows = trainer.train_for(job["minutes"], job["evaluations"])
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps({"job": job, "rows": rows}, indent=1) + "\n")
 
 
 def _peer(config: TrainConfig, kind: str, table: Annotations) -> Any:
     "transformers' detector where ours would stand: same sizes, same classes, same image size."
-    import torch
-
-    from neo_nb.base.core import seed_everything
-    from neo_nb.models.transformers_reference import TransformersDetector
-
     ours = build_model(config, table)
     seed_everything(config.seed)
     theirs = TransformersDetector(ours.num_classes, ours.config, kind)
@@ -195,9 +196,6 @@ def _peer(config: TrainConfig, kind: str, table: Annotations) -> Any:
 
 def _work() -> None:
     "The process: its only argument is the job's file."
-    import cv2
-    import torch
-
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     path = Path(sys.argv[-1])
@@ -233,17 +231,17 @@ def equal_time(
         if not _has_ended(path, job):
             waiting.append(path)
     _run_all(waiting, jobs, folder)
-    order = [row.name for row in rows]  # theirs, and behind them whoever else has raced here
+    order = [row.name for row in rows]  # theirs, and behind them whoever else has trained here
     key = lambda names: names.map(lambda name: order.index(name) if name in order else len(order))  # noqa: E731
     return read_equal_time(folder).sort_values("competitor", key=key, kind="stable", ignore_index=True)
 
 # %% ../../nbs/80_recipes/00_equal_time.ipynb #cb59557e
 def _check(rows: list[Variant], settings: Mapping[str, Any]) -> None:
-    "Raise `InputError` for entrants that cannot be told apart, and for settings that are the race's own."
+    "Raise `InputError` for entrants that cannot be told apart, and for settings that are the comparison's own."
     if len({row.name for row in rows}) < len(rows) or not rows:
         raise InputError(f"competitors need different names, found {[row.name for row in rows]}")
     for key in {*settings, *itertools.chain(*(row.settings for row in rows))} & {*OWN, "seed"}:
-        raise InputError(f"{key} is the same for all in a race and cannot be set", remedy=f"leave {key} out")
+        raise InputError(f"{key} is the same for all and cannot be set", remedy=f"leave {key} out")
 
 
 def _has_ended(path: Path, job: dict[str, Any]) -> bool:
@@ -252,7 +250,7 @@ def _has_ended(path: Path, job: dict[str, Any]) -> bool:
         known = json.loads(path.read_text())
         for part, wanted in json.loads(json.dumps(job)).items():
             if known[part] != wanted:
-                what = f"this is another race: {part} was {known[part]}, is {wanted}"
+                what = f"this is another comparison: {part} was {known[part]}, is {wanted}"
                 raise InputError(what, path, "choose another folder")
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(job, indent=1) + "\n")
@@ -261,8 +259,6 @@ def _has_ended(path: Path, job: dict[str, Any]) -> bool:
 # %% ../../nbs/80_recipes/00_equal_time.ipynb #6c534ba0
 def _run_all(waiting: list[Path], jobs: int, folder: Path) -> None:
     "Keep `jobs` processes running until all have ended; the first that fails ends the others."
-    from tqdm import tqdm
-
     running: dict[Path, subprocess.Popen] = {}
     bar = tqdm(total=len(waiting), unit="training", ncols=110, disable=not waiting)
     with Interrupt() as interrupt, bar:
@@ -273,7 +269,7 @@ def _run_all(waiting: list[Path], jobs: int, folder: Path) -> None:
                     running[path] = _start(path)
                 time.sleep(0.2)
                 if interrupt.asked:
-                    raise KeyboardInterrupt("the race was stopped; called again, it goes on")
+                    raise KeyboardInterrupt("it was stopped; called again, it goes on")
                 for path in [path for path, process in running.items() if process.poll() is not None]:
                     if running.pop(path).returncode:
                         last = path.with_suffix(".log").read_text().strip().splitlines()[-1:]
@@ -296,11 +292,9 @@ def _start(path: Path) -> subprocess.Popen:
 
 # %% ../../nbs/80_recipes/00_equal_time.ipynb #0c4c330b
 def read_equal_time(
-    folder: str | Path,  # The folder of a race, or a race.csv
+    folder: str | Path,  # The folder of a comparison, or an equal_time.csv
 ) -> "pd.DataFrame":
     "The rows of all trainings that have ended; `equal_time.csv` is written anew from them."
-    import pandas as pd
-
     if Path(folder).suffix == ".csv":
         return pd.read_csv(folder)
     rows = []
@@ -310,20 +304,17 @@ def read_equal_time(
         rows += [who | row for row in found["rows"]]
     columns = ["competitor", "seed", "updates", "cpu_minutes", "AP", "AP50", "loss"]
     frame = pd.DataFrame(rows, columns=columns)
-    with atomic_write(Path(folder) / "race.csv") as temporary:
+    with atomic_write(Path(folder) / "equal_time.csv") as temporary:
         frame.to_csv(temporary, index=False, float_format="%.5g")
     return frame
 
 # %% ../../nbs/80_recipes/00_equal_time.ipynb #6766ed4d
 def by_minute(
-    frame: "pd.DataFrame",  # The rows of a race
+    frame: "pd.DataFrame",  # The rows of a comparison
     metric: str = "AP",
     step: float = 1.0,  # CPU minutes between rows
 ) -> "pd.DataFrame":  # A row for each minute, a column for each competitor: the mean over the seeds
     "How good everybody is at the same time."
-    import numpy as np
-    import pandas as pd
-
     end = frame.groupby(["competitor", "seed"]).cpu_minutes.max().min()
     minutes = np.arange(1, int(end / step + 0.02) + 1) * step
     columns = {}
@@ -334,14 +325,11 @@ def by_minute(
 
 
 def final(
-    frame: "pd.DataFrame",  # The rows of a race
+    frame: "pd.DataFrame",  # The rows of a comparison
     metric: str = "AP",
     against: str | None = None,  # The competitor to compare with; the first one when None
 ) -> "pd.DataFrame":  # A row for each competitor: seeds, mean, sd, difference, its sd and 95 % interval
     "Where everybody ends, and by how much they differ."
-    import pandas as pd
-    from scipy.stats import t
-
     last = frame.sort_values("cpu_minutes").groupby(["competitor", "seed"]).tail(1)
     scores = last.pivot(index="seed", columns="competitor", values=metric)
     against = against or frame.competitor.iloc[0]
@@ -361,14 +349,11 @@ def final(
 
 # %% ../../nbs/80_recipes/00_equal_time.ipynb #1353e7cd
 def plot_equal_time(
-    frame: "pd.DataFrame",  # The rows of a race
+    frame: "pd.DataFrame",  # The rows of a comparison
     metric: str = "AP",
     path: str | Path | None = None,  # Where to save it
 ) -> Any:  # matplotlib's figure
     "Mean curves over CPU minutes, with the band from the worst seed to the best."
-    import matplotlib.pyplot as plt
-    import numpy as np
-
     figure, axes = plt.subplots(figsize=(5, 2.4), layout="constrained")
     plt.close(figure)  # whoever asked shows it; a notebook would show it twice
     colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

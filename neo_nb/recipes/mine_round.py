@@ -16,7 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ..base.annotations import concat, fingerprint
 from ..base.core import InputError, settings, workspace_root
+from ..data.hard_negatives import Background, Mined, Negative, background_table, read_mined, write_mined
+from ..data.manifest import compute_fingerprint, load_dataset, load_manifest, read_split, write_manifest
+from ..data.near_duplicates import find_copies
+from ..deploy.embeddings import embed_boxes
+from ..evaluate.errors import KINDS
+from ..evaluate.operating_point import evaluate
+from ..review.gallery import Case
+from ..review.mining import GOLDEN, choose, find_candidates, require_trainable_split, tagged
+from ..runs.predict import find_images
+from ..runs.run import read_record
 
 # %% ../../nbs/80_recipes/01_mine_round.ipynb #82297c91
 @dataclass(frozen=True, eq=False)
@@ -37,15 +50,6 @@ def build_pool(
     tags: Mapping[str, list] | None = None,  # golden, hard_negative, label_error: image ids of the split
 ) -> MiningPool:
     "The images to look through, and those that must not be mined. Raises `InputError` for a golden split."
-    import numpy as np
-
-    from neo_nb.base.annotations import concat
-    from neo_nb.data.hard_negatives import background_table
-    from neo_nb.data.manifest import load_dataset, load_manifest
-    from neo_nb.data.near_duplicates import find_copies
-    from neo_nb.review.mining import GOLDEN, require_trainable_split, tagged
-    from neo_nb.runs.predict import find_images
-
     require_trainable_split(split)
     manifest, table = load_manifest(data), load_dataset(data, split)
     own, counts = len(table), {"images of the split": len(table)}
@@ -108,11 +112,6 @@ def choose_from(
     progress: bool = True,  # Show a bar
 ) -> tuple[Any, Any]:  # Detections, Chosen
     "Predict, find confident errors, leave one of each that look alike."
-    import numpy as np
-
-    from neo_nb.deploy.embeddings import embed_boxes
-    from neo_nb.review.mining import choose, find_candidates
-
     table = ground.table
     detections = detector.predict(table, batch_size, progress, num_workers).to_classes(table.class_names)
     rows, kinds, counts = find_candidates(
@@ -128,9 +127,6 @@ def choose_from(
 
 def cases_of(chosen: Any, detections: Any) -> dict[str, list]:  # For `save_gallery`
     "What was mined, as cases that can be drawn."
-    from neo_nb.evaluate.errors import KINDS
-    from neo_nb.review.gallery import Case
-
     d = detections
     return {"mined": [
         Case(KINDS[kind], int(d.image_index[i]), tuple(d.boxes_xyxy[i].tolist()), d.class_names[d.labels[i]],
@@ -161,9 +157,6 @@ def write_round(
     name: str | None = None,  # Of the new manifest; numbered when None
 ) -> Path:  # The manifest
     "Write manifest and JSON of a round."
-    from neo_nb.data.hard_negatives import Mined, read_mined, write_mined
-    from neo_nb.data.manifest import compute_fingerprint, load_manifest, read_split, write_manifest
-
     old = load_manifest(data)
     known = read_mined(old.mined) if old.mined else None
     name = name or free_name(data)[0]
@@ -186,8 +179,6 @@ def write_round(
 # %% ../../nbs/80_recipes/01_mine_round.ipynb #e3178fd0
 def _merge_rounds(ground: MiningPool, chosen: Any, known: Any) -> tuple[list[tuple], list[Any]]:
     "Weights by image id and backgrounds, this round's and those before; what is refused now is no longer hard."
-    import numpy as np
-
     table, ids = ground.table, ground.table.image_ids.tolist()
     refused = np.logical_or.reduce(list(ground.refused.values()))
     weights = np.where(refused, 1, np.maximum(table.weights, chosen.weights))
@@ -201,8 +192,6 @@ def _merge_rounds(ground: MiningPool, chosen: Any, known: Any) -> tuple[list[tup
 # %% ../../nbs/80_recipes/01_mine_round.ipynb #f76f8139
 def _background(table: Any, row: int) -> Any:
     "An image of the folder, named from the setting `data` where it lies below it."
-    from neo_nb.data.hard_negatives import Background
-
     known, base = table[row], Path(settings()["data"]).resolve()
     file = Path(os.path.realpath(known.path))
     inside = file.is_relative_to(base)
@@ -211,11 +200,6 @@ def _background(table: Any, row: int) -> Any:
 
 def _negatives(table: Any, detections: Any, chosen: Any, always: Any) -> list[Any]:
     "Where each came from."
-    import numpy as np
-
-    from neo_nb.data.hard_negatives import Negative
-    from neo_nb.evaluate.errors import KINDS
-
     d, ids = detections, table.image_ids.tolist()
     found = [
         Negative(image=ids[d.image_index[i]], kind=KINDS[kind], label=d.class_names[d.labels[i]],
@@ -231,10 +215,6 @@ def score_before(
     golden: Any,  # Annotations that are measured on
 ) -> dict[str, Any]:  # data, fingerprint, F1, AP, threshold
     "What the detector scores on the golden set."
-    from neo_nb.base.annotations import fingerprint
-    from neo_nb.evaluate.operating_point import evaluate
-    from neo_nb.runs.run import read_record
-
     about = {"data": golden.name, "fingerprint": fingerprint(golden)}
     metrics = Path(of) / "metrics.json"
     known = read_record(of).get("data", {}) if metrics.is_file() else {}

@@ -20,6 +20,25 @@ from ..base.core import InputError, atomic_write, check_choice
 
 if TYPE_CHECKING:
     import pandas as pd
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from ..base.detections import save_detections
+from ..data.loader import read_image
+from ..data.manifest import load_dataset
+from ..data.tiles import make_tiles, parse_tile_id
+from ..deploy.benchmark import interleave
+from ..deploy.detector import load_detector
+from ..deploy.tiled import TiledDetector
+from ..evaluate.matching import iou_pairs
+from ..evaluate.operating_point import evaluate
+from ..evaluate.slices import slice_metrics, slice_row
+from .mine_round import MiningPool, build_pool, choose_from
+from ..train.config import make_config
+from ..train.loop import Loop, chunks
+from ..train.trainer import train
 
 # %% ../../nbs/80_recipes/02_small_objects.ipynb #5a77aed8
 @dataclass(frozen=True)
@@ -72,8 +91,6 @@ class Recipe:
 
     def config(self, step: Step, seed: int, folder: Path) -> Any:  # TrainConfig
         "The settings of a step's training, but for how long."
-        from neo_nb.train.config import make_config
-
         asked: dict[str, Any] = {"monitor": "F1", "tracker": "none", "seed": seed} | dict(self.settings)
         asked["size"] = tuple(round(side * step.zoom) for side in self.size)
         if step.after:
@@ -90,11 +107,6 @@ EMPTY, LOOKED = 0.3, 6.0  # Tiles without an object for each one with, at most: 
 
 def tiles_of(recipe: Recipe, split: str, folder: Path, more: bool = False) -> Any:  # Annotations
     "The tiles of a split: those with objects and some without, or many."
-    import numpy as np
-
-    from neo_nb.data.manifest import load_dataset
-    from neo_nb.data.tiles import make_tiles
-
     images = load_dataset(recipe.data, split)
     table, _ = make_tiles(images, folder / f"tiles-{split}", recipe.tile_size, empty=LOOKED)
     if more:
@@ -106,7 +118,6 @@ def tiles_of(recipe: Recipe, split: str, folder: Path, more: bool = False) -> An
 
 
 def _with_object(table: Any) -> Any:  # n, bool
-    import numpy as np
 
     return np.bincount(table.image_index[~table.iscrowd], minlength=len(table)) > 0
 
@@ -117,8 +128,6 @@ def swap_empty(
     easy: Any,  # n, bool: tiles without one that were trained on before
 ) -> Any:  # n, float32: how often each is drawn; 0: never
     "As many draws without an object as before, hard ones first."
-    import numpy as np
-
     room, hard = easy.sum(), np.where(~has & (weights > 1), weights, 0)
     left = max(0, room - hard.sum()) / max(room, 1)
     hard = hard * min(1, room / max(hard.sum(), 1))
@@ -132,11 +141,6 @@ def mine_tiles(
     folder: Path,
 ) -> tuple[Any, dict[str, int]]:  # Annotations: what to train on; what was found
     "The training tiles, with those of confident errors in the place of easy ones."
-    import numpy as np
-
-    from neo_nb.data.tiles import parse_tile_id
-    from neo_nb.recipes.mine_round import MiningPool, build_pool, choose_from
-
     images, table = build_pool(recipe.data, "train"), tiles_of(recipe, "train", folder, more=True)
     row = {str(name): i for i, name in enumerate(images.table.image_ids.tolist())}
     of = np.array([row[parse_tile_id(str(tile))[0]] for tile in table.image_ids])
@@ -163,8 +167,6 @@ def _kind(step: Step) -> str:
 
 def _updates(config: Any, table: Any) -> Iterator[float]:
     "Train for ever; the seconds of each update."
-    from neo_nb.train.loop import Loop, chunks
-
     loop = Loop(config, Path(), table, table)
     clock = time.process_time if loop.accelerator.device.type == "cpu" else time.perf_counter
     loop.model.train()
@@ -182,10 +184,6 @@ def paces(
     folder: str | Path,  # Of all steps; what was measured there is read
 ) -> dict[str, float]:  # Seconds per update, by kind of training
     "How long an update takes, of every kind of training side by side."
-    import numpy as np
-
-    from neo_nb.data.manifest import load_dataset
-
     path, asked = Path(folder) / "paces.json", json.loads(json.dumps(asdict(recipe)))
     known = json.loads(path.read_text()) if path.is_file() else {}
     seconds = known["seconds"] if known.get("recipe") == asked else {}
@@ -228,13 +226,10 @@ def detector_of(
     trained: Path,  # The step's folder
 ) -> Any:  # Detector
     "What a step releases: its best weights, in tiles where it is tiled."
-    from neo_nb.deploy.detector import load_detector
-
     on = {"device": recipe.settings.get("device", "cpu"), "precision": recipe.settings.get("precision", "fp32")}
     inner = load_detector(trained, **on)
     if not step.tiled:
         return inner
-    from neo_nb.deploy.tiled import TiledDetector
 
     return TiledDetector(inner, recipe.tile_size, whole=False)
 
@@ -245,9 +240,6 @@ def measure(
     threshold: float,  # Score from which detections count
 ) -> dict[str, Any]:  # F1, precision, recall, AP, AP50, AP by size, FP, FP where there are look-alikes
     "The numbers of the table."
-    from neo_nb.evaluate.matching import iou_pairs
-    from neo_nb.evaluate.slices import slice_metrics, slice_row
-
     row = slice_row(iou_pairs(detections, table, 0.5, 100), detections, table, threshold)
     slices = slice_metrics(detections, table, threshold)
     sizes = {f"AP {name}": part["AP"] for name, part in slices["size"].items()}
@@ -263,8 +255,6 @@ def run_step(
     folder: str | Path,  # Of all steps
 ) -> dict[str, Any]:  # step, seed, the numbers of `measure`, threshold, updates, minutes, images
     "Train a step and measure it on the golden set; one that is done is read."
-    from neo_nb.train.trainer import train
-
     folder = Path(folder).absolute()
     own = folder / f"{step.name}-{seed}"
     asked = json.loads(json.dumps({"recipe": asdict(recipe), "step": asdict(step), "seed": seed}))
@@ -289,10 +279,6 @@ def run_step(
 
 def _judge(recipe: Recipe, step: Step, own: Path) -> dict[str, Any]:
     "The numbers on the golden set, with the threshold that is best on val."
-    from neo_nb.base.detections import save_detections
-    from neo_nb.data.manifest import load_dataset
-    from neo_nb.evaluate.operating_point import evaluate
-
     detector = detector_of(recipe, step, own)
     val, golden = (load_dataset(recipe.data, split) for split in ("val", recipe.golden))
     threshold = max(evaluate(detector.predict(val, progress=False), val)["threshold"], 0.01)
@@ -303,8 +289,6 @@ def _judge(recipe: Recipe, step: Step, own: Path) -> dict[str, Any]:
 # %% ../../nbs/80_recipes/02_small_objects.ipynb #846925d4
 def _tables(recipe: Recipe, step: Step, seed: int, folder: Path, counts: dict) -> tuple[Any, Any]:
     "What a step trains on, and what its best epoch is chosen on."
-    from neo_nb.data.manifest import load_dataset
-
     if not step.tiled:
         return load_dataset(recipe.data, "train"), load_dataset(recipe.data, "val")
     val = tiles_of(recipe, "val", folder, more=True)
@@ -325,19 +309,10 @@ def step_latency(
     rounds: int = 20,  # Times that each is called
 ) -> "pd.DataFrame":  # A row per step: p50 and p99 in milliseconds
     "Latency of each step's detector on one of the largest images."
-    from functools import partial
-
-    import numpy as np
-
-    from neo_nb.data.loader import read_image
-    from neo_nb.data.manifest import load_dataset
-    from neo_nb.deploy.benchmark import interleave
-
     golden = load_dataset(recipe.data, recipe.golden)
     image = read_image(golden[int(golden.sizes.prod(1).argmax())].path)
     detectors = {s.name: detector_of(recipe, s, Path(folder) / f"{s.name}-{seed}") for s in steps}
     times = interleave({name: partial(detector, [image]) for name, detector in detectors.items()}, rounds)
-    import pandas as pd
 
     rows = {name: np.percentile(seconds, (50, 99)) * 1000 for name, seconds in times.items()}
     return pd.DataFrame.from_dict(rows, "index", columns=["p50 ms", "p99 ms"]).round(1).rename_axis("step")

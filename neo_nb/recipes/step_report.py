@@ -16,6 +16,8 @@ from .small_objects import STEPS
 
 if TYPE_CHECKING:
     import pandas as pd
+import matplotlib.pyplot as plt
+import numpy as np
 
 # %% ../../nbs/80_recipes/03_step_report.ipynb #c13c031d
 _COLUMNS = ("F1", "precision", "recall", "AP50", "AP", "AP tiny", "AP small", "AP medium", "AP large")
@@ -66,9 +68,6 @@ def plot_steps(
     latency: "pd.DataFrame | None" = None,  # From `step_latency`
 ) -> Any:  # matplotlib's figure
     "F1 with every seed, AP by size, and latency, by step."
-    import matplotlib.pyplot as plt
-    import numpy as np
-
     names = list(rows.step.unique())
     figure, axes = plt.subplots(1, 3 if latency is not None else 2, figsize=(9, 2.8), layout="constrained")
     plt.close(figure)  # whoever asked shows it; a notebook would show it twice

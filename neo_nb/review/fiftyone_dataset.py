@@ -133,7 +133,7 @@ def _set_tags(dataset: Any, tagged: Sequence[Mapping[str, Any]]) -> int:
         sample = owners.get(one["image_id"])
         boxes = [] if sample is None or one["source"] == "image" else sample[one["source"]].detections
         same = [b for b in boxes if b.label == one["label"] and np.allclose(b.bounding_box, one["box"], atol=1e-4)]
-        owner = sample if one["source"] == "image" else same[0] if same else None
+        owner = sample if one["source"] == "image" else next(iter(same), None)
         if owner is None:
             lost += 1
         elif one["tag"] not in owner.tags:

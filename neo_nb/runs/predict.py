@@ -83,7 +83,8 @@ def predict_files(
         if tile:
             detector, batch_size = TiledDetector(detector, tile, overlap), 1
         best = (detector.record.get("metrics") or {}).get("threshold", -1)
-        threshold = threshold if threshold is not None else best if best > 0 else 0.3
+        if threshold is None:
+            threshold = best if best > 0 else 0.3
         images = [row for start in range(0, len(files), batch_size)
                   for row in _detect(detector, files, start, batch_size, run, threshold)]  # fmt: skip
         counts = Counter(box["label"] for image in images for box in image["detections"])

@@ -16,11 +16,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+from IPython.display import Image
 
-from ..base.annotations import Annotations
+from ..base.annotations import Annotations, fingerprint
 from ..base.core import InputError, atomic_write
-from ..base.detections import Detections, save_detections
+from ..base.detections import Detections, load_detections, save_detections
+from ..base.draw import draw_detections, save_image
+from ..data.loader import read_image
+from ..data.manifest import load_dataset
+from ..deploy.detector import load_detector
+from ..deploy.embeddings import embed_boxes
+from ..evaluate import analysis
+from ..evaluate.errors import IS_RIGHT, NOT_COUNTED, find_errors
+from ..evaluate.operating_point import plot_f1, plot_pr, threshold_curves
+from ..review.gallery import find_cases, save_gallery
+from .run import read_record
 
 # %% ../../nbs/70_runs/03_results.ipynb #d73016f0
 MAIN = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "F1", "threshold", "precision", "recall")
@@ -30,7 +44,9 @@ def number_text(value: Any) -> str:
     "A number for people; `-` where there was nothing to measure."
     if value is None or value == "" or (isinstance(value, (int, float)) and value == -1):
         return "-"
-    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def results_text(
@@ -58,8 +74,6 @@ def results_text(
 # %% ../../nbs/70_runs/03_results.ipynb #c35c6a6b
 def metrics_tables(metrics: Mapping[str, Any]) -> list[Any]:  # pandas DataFrames
     "The numbers of the whole and of each class, for display."
-    import pandas as pd
-
     main = pd.DataFrame([{name: number_text(metrics[name]) for name in MAIN if name in metrics}], index=["all"])
     columns = ("boxes", "AP", "AP50", "AR", "F1", "precision", "recall")
     rows = {c: {n: number_text(row.get(n)) for n in columns} for c, row in metrics.get("per_class", {}).items()}
@@ -68,9 +82,6 @@ def metrics_tables(metrics: Mapping[str, Any]) -> list[Any]:  # pandas DataFrame
 
 def display_image(image: np.ndarray, quality: int = 75) -> Any:  # An IPython Image
     "An RGB image as a JPEG for a notebook's output."
-    import cv2
-    from IPython.display import Image
-
     _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     return Image(data.tobytes(), format="jpeg")
 
@@ -93,11 +104,6 @@ def draw_images(
     max_side: int = 800,  # Pixels
 ) -> list[tuple[str, np.ndarray]]:  # Image id and RGB image
     "Images with truth in green and predictions in red."
-    import cv2
-
-    from neo_nb.base.draw import draw_detections
-    from neo_nb.data.loader import read_image
-
     images = []
     for row in rows:
         truth = annotations[row]
@@ -119,9 +125,6 @@ def save_evaluation(
     images: int = 16,  # How many to draw
 ) -> None:
     "Write numbers, plots, images and galleries of the worst cases into the run's folder."
-    from neo_nb.base.draw import save_image
-    from neo_nb.evaluate.operating_point import plot_f1, plot_pr, threshold_curves
-
     run = Path(run)
     with atomic_write(run / "metrics.json") as path:
         path.write_text(json.dumps({"data": annotations.name} | dict(metrics), indent=2) + "\n", encoding="utf-8")
@@ -146,10 +149,6 @@ def save_analysis(
     metrics: Mapping[str, Any],  # From `evaluate`
 ) -> None:
     "Write what goes wrong: `analysis.json`, its plots, and `gallery/` with the worst cases."
-    from neo_nb.evaluate import analysis
-    from neo_nb.evaluate.errors import find_errors
-    from neo_nb.review.gallery import find_cases, save_gallery
-
     run, found = Path(run), analysis.analyse(detections, annotations, metrics)
     with atomic_write(run / "analysis.json") as path:
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -168,11 +167,6 @@ def open_evaluation(
     run: str | Path,  # The run's folder
 ) -> tuple[Detections, Annotations, dict[str, Any]]:  # What it said, of what, and `metrics.json`
     "Detections of a run that was evaluated, beside their data. Raises `InputError` when one of them is not there."
-    from neo_nb.base.annotations import fingerprint
-    from neo_nb.base.detections import load_detections
-    from neo_nb.data.manifest import load_dataset
-    from neo_nb.runs.run import read_record
-
     run, known = Path(run), read_record(run).get("data", {})
     if not (run / "detections.npz").is_file() or not (run / "metrics.json").is_file():
         raise InputError("this run has no detections", run, "neo evaluate RUN makes a run that has")
@@ -194,11 +188,6 @@ def crop_features(
     precision: str = "fp32",  # auto, fp32, fp16 or bf16
 ) -> np.ndarray | None:  # m d, float32: zeros for what is no error; None without weights
     "The detector's own features of every wrong detection."
-    from neo_nb.deploy.detector import load_detector
-    from neo_nb.deploy.embeddings import embed_boxes
-    from neo_nb.evaluate.errors import IS_RIGHT, NOT_COUNTED
-    from neo_nb.runs.run import read_record
-
     wrong = np.flatnonzero((errors.kind != IS_RIGHT) & (errors.kind != NOT_COUNTED))
     source = read_record(run).get("config", {}).get("detector", run)
     try:
@@ -232,8 +221,6 @@ def plot_curves(
     rows: Sequence[Mapping[str, float]],  # From `read_results`
 ) -> Any:  # matplotlib Figure
     "Loss, score and learning rate over the epochs."
-    import matplotlib.pyplot as plt
-
     losses = [name for name in (rows[0] if rows else ()) if name.startswith("loss")]  # each family has its own terms
     panels = (
         ("loss, training", losses),

@@ -90,7 +90,9 @@ def random_mark(
     "Draw a mark of a kind by lot."
     others = {"letter": [s for s in SIGNS if s != "pennant"], "shape": [o for o in OUTLINES if o != "shield"]}
     outline = str(rng.choice(others["shape"])) if kind == "shape" else "shield"
-    sign = str(rng.choice(others["letter"])) if kind == "letter" else "" if kind == "hollow" else "pennant"
+    sign = "" if kind == "hollow" else "pennant"
+    if kind == "letter":
+        sign = str(rng.choice(others["letter"]))
     return Mark(kind, outline, sign, str(rng.choice(list(versions))))
 
 # %% ../../nbs/10_synthetic/03_glyphs.ipynb #84563543

@@ -27,7 +27,7 @@ class Canvas:
         unit: float,  # Pixels a unit in the finished cutout
         extent: tuple[float, float, float, float],  # x1, y1, x2, y2 of the sheet, in units
     ):
-        self.zoom = 4 if unit < 40 else 3 if unit < 100 else 2
+        self.zoom = next(zoom for limit, zoom in ((40, 4), (100, 3), (np.inf, 2)) if unit < limit)
         self.unit, self.left, self.top = unit * self.zoom, extent[0], extent[1]
         width, height = (max(1, round((extent[i + 2] - extent[i]) * unit)) * self.zoom for i in (0, 1))
         self.pixels = np.zeros((height, width, 4), np.uint8)

@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT', 'PLAIN', 'DEIM', 'RECIPES', 'ModelSettings', 'DataSettings', 'ScheduleSettings', 'TrainConfig',
-           'current_names', 'make_config']
+           'current_names', 'requested', 'make_config']
 
 # %% ../../nbs/60_train/00_config.ipynb #62cf79b6
 from collections.abc import Mapping
@@ -202,6 +202,13 @@ def current_names(
     if isinstance(new.get("pretrained"), bool):  # timm's own weights, or none
         new["pretrained"] = "hub" if new["pretrained"] else None
     return new
+
+# %% ../../nbs/60_train/00_config.ipynb #91157ed7
+def requested(
+    variables: Mapping[str, Any],  # Of a notebook, such as `globals()`
+) -> dict[str, Any]:
+    "The settings among a notebook's variables that say something."
+    return {name: variables[name] for name in TrainConfig.model_fields if variables[name] not in (None, "auto")}
 
 # %% ../../nbs/60_train/00_config.ipynb #d227d49f
 def make_config(

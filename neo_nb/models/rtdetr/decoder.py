@@ -158,8 +158,8 @@ def flatten_levels(
     "All levels as one row of tokens, with each level's (height, width) by its stride."
     levels: dict[int, Tensor] = {}
     for i, (stride, project) in enumerate(self.project.items()):
-        source = maps[i] if i < len(maps) else maps[-1] if i == len(maps) else levels[int(stride) // 2]
-        levels[int(stride)] = project(source)
+        coarser = maps[-1] if i == len(maps) else levels.get(int(stride) // 2)  # of levels that have no map
+        levels[int(stride)] = project(maps[i] if i < len(maps) else coarser)
     shapes = {stride: (x.shape[-2], x.shape[-1]) for stride, x in levels.items()}
     return torch.cat([x.flatten(2).transpose(1, 2) for x in levels.values()], 1), shapes
 

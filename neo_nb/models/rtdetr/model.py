@@ -314,4 +314,6 @@ def _take_levels(own: Tensor, theirs: Tensor, ours: RTDETRConfig, config: RTDETR
     shared = [s for s in parts[0] if s in parts[1] and points[0][s] == points[1][s]]
     for stride in shared:
         parts[0][stride].copy_(parts[1][stride])
-    return "all" if points[0] == points[1] else "part" if shared else "none"
+    if points[0] == points[1]:
+        return "all"
+    return "part" if shared else "none"

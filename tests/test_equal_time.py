@@ -1,4 +1,4 @@
-"""The race and its peer: what makes a comparison a fair one."""
+"""Training in equal time, and the detector it is compared with: what makes a comparison a fair one."""
 
 import json
 import signal
@@ -126,40 +126,42 @@ def test_the_published_position_changes_rectangles_only(monkeypatch):
 def test_the_schedule_ends_when_the_time_does(tmp_path):
     table = make_scenes(8, (64, 96), 0, tmp_path / "scenes")
     config = make_config(epochs=8, no_aug_epochs=2, lr=1e-3, tracker="none", device="cpu", cache=True, **TINY)
-    racer, plain = TimedTrainer(config, tmp_path / "run", table, table), []
-    update = racer.update
-    racer.update = lambda batches: (plain.append(racer._stage == "plain"), update(batches))[1]
-    rows = racer.train_for(minutes=0.1, evaluations=4)
+    trainer, plain = TimedTrainer(config, tmp_path / "run", table, table), []
+    update = trainer.update
+    trainer.update = lambda batches: (plain.append(trainer._stage == "plain"), update(batches))[1]
+    rows = trainer.train_for(minutes=0.1, evaluations=4)
     assert [round(row["cpu_minutes"] / 0.025) for row in rows] == [1, 2, 3, 4]
     assert [row["updates"] for row in rows] == sorted(row["updates"] for row in rows)
-    assert lr_factor(racer.progress["step"] - 1, racer.total, config) < config.final_lr_fraction + 0.05
+    assert lr_factor(trainer.progress["step"] - 1, trainer.total, config) < config.final_lr_fraction + 0.05
     share = plain.index(True) / len(plain)
     assert 0.6 < share < 0.9 and all(plain[plain.index(True) :]), share
-    assert racer.ema.ramp == pytest.approx(max(config.ema_warmup * racer.total, 1))  # a slow machine has few updates
+    assert trainer.ema.ramp == pytest.approx(
+        max(config.ema_warmup * trainer.total, 1)
+    )  # a slow machine has few updates
 
 
-def test_a_race_that_was_cut_leaves_nothing_half_and_goes_on(few, tmp_path):
-    code = f"from neo_nb.recipes.equal_time import equal_time; equal_time(['ours'], {few!r}, [0], 10, {str(tmp_path / 'race')!r}, jobs=1)"
+def test_a_comparison_that_was_cut_leaves_nothing_half_and_goes_on(few, tmp_path):
+    code = f"from neo_nb.recipes.equal_time import equal_time; equal_time(['ours'], {few!r}, [0], 10, {str(tmp_path / 'equal')!r}, jobs=1)"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
-    log, deadline = tmp_path / "race" / "ours-0.log", time.monotonic() + 60
+    log, deadline = tmp_path / "equal" / "ours-0.log", time.monotonic() + 60
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     process.wait(30)
     left = [line for line in _processes() if "_work()" in line and str(tmp_path) in line]
     assert process.returncode and not left, left
-    assert log.exists() and not list((tmp_path / "race").glob("*.result.json"))
-    assert len(read_equal_time(tmp_path / "race")) == 0
+    assert log.exists() and not list((tmp_path / "equal").glob("*.result.json"))
+    assert len(read_equal_time(tmp_path / "equal")) == 0
 
 
 def test_seeds_are_trainings_of_their_own(few, tmp_path):
     entrant = {"name": "the published", "position": "published"}
-    frame = equal_time([entrant], few, [0, 1], 0.02, tmp_path / "race", jobs=2, evaluations=1, settings=TINY)
+    frame = equal_time([entrant], few, [0, 1], 0.02, tmp_path / "equal", jobs=2, evaluations=1, settings=TINY)
     assert list(frame.competitor) == ["the published"] * 2 and sorted(frame.seed) == [0, 1]
     assert frame.loss.nunique() == 2 and final(frame).loc["the published", "seeds"] == 2
-    job = json.loads((tmp_path / "race" / "the_published-1.json").read_text())
+    job = json.loads((tmp_path / "equal" / "the_published-1.json").read_text())
     assert job["config"]["seed"] == 1 and job["competitor"]["position"] == "published"
-    assert Path(tmp_path / "race" / "race.csv").read_text().count("\n") == 3
+    assert Path(tmp_path / "equal" / "equal_time.csv").read_text().count("\n") == 3
 
 
 def test_every_competitor_can_be_looked_up():
