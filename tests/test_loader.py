@@ -16,8 +16,9 @@ from PIL import Image
 
 from neo_nb.base.annotations import Annotations, load_annotations, save_annotations
 from neo_nb.base.core import InputError
-from neo_nb.data.augment import POLICIES, prepare
+from neo_nb.data.augment import POLICIES
 from neo_nb.data.loader import make_loader, read_image
+from neo_nb.data.resize import prepare
 
 BCCD = Path(os.environ.get("NEO_DATA", Path(__file__).parents[2] / "shared" / "data")) / "bccd"
 needs_bccd = pytest.mark.skipif(not BCCD.is_dir(), reason=f"no real images at {BCCD}; set NEO_DATA")

@@ -48,9 +48,9 @@ class Annotations:
     weights: ArrayLike | None = None
 
     def __post_init__(self):
-        n, m, ids = len(self.image_ids), len(self.boxes_xyxy), np.asarray(self.image_ids)
+        n, m = len(self.image_ids), len(self.boxes_xyxy)
         given = {
-            "image_ids": ids if ids.dtype.kind == "U" else _typed(ids, np.int64),
+            "image_ids": _ids(self.image_ids),
             "file_names": np.asarray(self.file_names, dtype=str),
             "sizes": _typed(self.sizes, np.int32).reshape(n, 2),
             "offsets": _typed(self.offsets, np.int64),
@@ -71,6 +71,12 @@ class Annotations:
         self._validate(n, m)
 
 # %% ../../nbs/00_base/04_annotations.ipynb #d9120a93
+def _ids(values: ArrayLike) -> np.ndarray:
+    "Image ids: text where they are text, else integers."
+    ids = np.asarray(values)
+    return ids if ids.dtype.kind == "U" else _typed(ids, np.int64)
+
+
 def _typed(values: Any, dtype) -> np.ndarray:
     "An array of that type, without a copy where it is one already (a memory map stays a memory map)."
     return values if isinstance(values, np.ndarray) and values.dtype == dtype else np.asarray(values, dtype=dtype)
@@ -119,7 +125,8 @@ def __len__(self: Annotations) -> int:
 
 @patch
 def __repr__(self: Annotations) -> str:
-    boxes, classes = len(self.boxes_xyxy), ", ".join(self.class_names[:6]) + (", …" * (len(self.class_names) > 6))
+    boxes = len(self.boxes_xyxy)
+    classes = ", ".join(self.class_names[:6]) + (", …" * (len(self.class_names) > 6))
     return f"Annotations({self.name or 'unnamed'}: {len(self):,} images, {boxes:,} boxes; {classes})"
 
 # %% ../../nbs/00_base/04_annotations.ipynb #8c735786

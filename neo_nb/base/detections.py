@@ -159,9 +159,11 @@ def to_coco_results(
     annotations: Annotations,  # The images that were predicted: gives image and category ids
 ) -> list[dict]:  # COCO results: image_id, category_id, bbox (xywh), score
     "Detections as COCO results."
-    ids, categories = annotations.image_ids.tolist(), annotations.category_ids
+    ids = annotations.image_ids.tolist()
+    categories = annotations.category_ids
     rows = zip(detections.image_index.tolist(), detections.labels.tolist())
-    boxes, scores = xyxy_to_xywh(detections.boxes_xyxy).tolist(), detections.scores.tolist()
+    boxes = xyxy_to_xywh(detections.boxes_xyxy).tolist()
+    scores = detections.scores.tolist()
     return [
         {"image_id": ids[i], "category_id": categories[c], "bbox": box, "score": score}
         for (i, c), box, score in zip(rows, boxes, scores)
@@ -183,7 +185,8 @@ def from_coco_results(
                 )
     boxes = np.array([r["bbox"] for r in results], np.float64).reshape(-1, 4)
     image_index = [rows[r["image_id"]] for r in results]
-    scores, found = [r["score"] for r in results], [labels[r["category_id"]] for r in results]
+    scores = [r["score"] for r in results]
+    found = [labels[r["category_id"]] for r in results]
     return Detections(image_index, xywh_to_xyxy(boxes), scores, found, len(annotations), annotations.class_names)
 
 # %% ../../nbs/00_base/05_detections.ipynb #2283571c

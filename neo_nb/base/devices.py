@@ -63,7 +63,8 @@ def resolve_device(
     "The device that a name means here. Raises `InputError` when it is not here."
     import torch
 
-    name, count = check_device(str(name)), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = check_device(str(name))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and not count):
         return torch.device("cpu")
     if not count:

@@ -37,7 +37,8 @@ def draw_boxes(
     canvas = np.ascontiguousarray(image).copy()
     thick = max(1, round(min(canvas.shape[:2]) / 350))
     for i in np.argsort(-(boxes_xyxy[:, 2] - boxes_xyxy[:, 0]), kind="stable"):  # large ones first
-        box, label = np.round(boxes_xyxy[i]).astype(int).tolist(), int(labels[i])
+        box = np.round(boxes_xyxy[i]).astype(int).tolist()
+        label = int(labels[i])
         if min(box[2:]) < 0 or box[0] >= canvas.shape[1] or box[1] >= canvas.shape[0]:
             continue  # beside the image: its words would not be
         if iscrowd is not None and iscrowd[i]:
@@ -65,7 +66,8 @@ def _write(canvas: np.ndarray, text: str, box: list[int], ink: Colour, thick: in
     "A label on its own ground, above the box where there is room, else inside."
     size = 0.36 * thick
     (w, h), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, thick)
-    x, y = max(box[0], 0), box[1] if box[1] >= h + base else box[1] + h + base
+    x = max(box[0], 0)
+    y = box[1] if box[1] >= h + base else box[1] + h + base
     cv2.rectangle(canvas, (x, y - h - base), (x + w + 2, y), ink, -1)
     dark = sum(ink) > 380
     cv2.putText(
@@ -103,13 +105,15 @@ def grid(
         cv2.resize(i, (width, max(1, round(i.shape[0] * width / i.shape[1]))), interpolation=cv2.INTER_AREA)
         for i in images
     ]
-    high, room = max(len(c) for c in cells), 18 if captions else 0
+    high = max(len(c) for c in cells)
+    room = 18 if captions else 0
     rows = -(-len(cells) // columns)
     columns = min(columns, len(cells))
     gap = 4
     sheet = np.full((rows * (high + room + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
     for i, cell in enumerate(cells):
-        y, x = i // columns * (high + room + gap), i % columns * (width + gap)
+        y = i // columns * (high + room + gap)
+        x = i % columns * (width + gap)
         sheet[y : y + len(cell), x : x + width] = cell
         if captions:
             cv2.putText(

@@ -32,10 +32,11 @@ def _name(argument: Any) -> str:
     flags = [flag for flag in argument.lowered.name_or_flags if flag.startswith("--")]
     return argument.field.intern_name if argument.is_positional() or not flags else flags[0]
 
-
+# %% ../../nbs/90_cli/01_args.ipynb #620d0f03
 def _complain(event: Any, target: Callable, prog: str) -> None:
     "Raise tyro's parse error as an `InputError`."
-    kind, remedy = type(event).__name__, f"see {prog} --help"
+    kind = type(event).__name__
+    remedy = f"see {prog} --help"
     argument = getattr(event, "argument", None)
     name = _name(argument) if argument is not None else ""
     if kind == "UnrecognizedArgs":
@@ -93,7 +94,8 @@ def placed(function: Callable) -> Callable:
 
     import tyro
 
-    texts, parameters = _comments(function), []
+    texts = _comments(function)
+    parameters = []
     for p in inspect.signature(function, eval_str=True).parameters.values():
         if p.default is p.empty:
             kind = tyro.conf.Positional[
@@ -120,7 +122,8 @@ def training_flags() -> type:
     from neo_nb.runs.hardware import list_targets
     from neo_nb.train.config import TrainConfig
 
-    target, what = settings()["target"], "a data set of `neo data list`, or a path to a manifest"
+    target = settings()["target"]
+    what = "a data set of `neo data list`, or a path to a manifest"
     machines = f"the machine: {', '.join(list_targets())}; auto: the GPU that is here, else cpu"
     own = {
         "data": (_flag(str, what, "(default: scenes)"), "scenes"),

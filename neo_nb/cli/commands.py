@@ -103,7 +103,8 @@ def run_about(kind: str, detector: Path, data: str | None) -> Path:
     from neo_nb.runs.run import new_run
 
     known = _about(detector)
-    own, config = known.get("data", {}).get("name", "own"), known.get("config", {})
+    own = known.get("data", {}).get("name", "own")
+    config = known.get("config", {})
     model = config.get("model") or detector.stem
     return new_run(data=Path(data or own).stem, model=model, kind=kind)
 
@@ -259,7 +260,8 @@ def benchmark(
     from neo_nb.deploy.detector import load_detector
 
     opened = {name: load_detector(find_detector(name), device, precision=precision) for name in detectors}
-    table, on = latency(opened, rounds), {n: describe_device(a.device, a.precision) for n, a in opened.items()}
+    table = latency(opened, rounds)
+    on = {n: describe_device(a.device, a.precision) for n, a in opened.items()}
     lines = [f"{name}: {', '.join(map(str, message.values()))}" for name, message in on.items()]
     return Result(
         "\n".join([table.to_string(), *lines]), {"latency": table.reset_index().to_dict("records"), "on": on}
@@ -319,7 +321,8 @@ def demo(
     executed = execute("train", run, DEMO | {"data": data, "target": "auto", "seed": seed})
     execute("export", run, {"detector": run, "data": data}, new=False)
     write_notebook_html(executed)
-    page, metrics = write_report(run), json.loads((run / "metrics.json").read_text())
+    page = write_report(run)
+    metrics = json.loads((run / "metrics.json").read_text())
     return Result(f"{results_text(metrics)}\n\nopen {relative(page)}", metrics, run)
 
 

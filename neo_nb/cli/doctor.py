@@ -88,7 +88,8 @@ def check_disk() -> list[Finding]:
     for key in ("reports", "data"):
         path = Path(settings()[key])
         there = next(p for p in (path, *path.parents) if p.exists())
-        free, write = shutil.disk_usage(there).free / 2**30, os.access(there, os.W_OK)
+        free = shutil.disk_usage(there).free / 2**30
+        write = os.access(there, os.W_OK)
         fix = f"set NEO_{key.upper()} to a folder with room" if free < 2 or not write else ""
         state = {(False, True): "ok", (True, True): "warn"}.get((bool(fix), write), "lack")
         found.append(Finding(key, state, f"{free:.0f} GiB free at {path}" + ("" if write else ", not writable"), fix))

@@ -8,13 +8,14 @@ Data sets by name, readers and writers of four formats, and the loader: the name
 __all__ = []
 
 # %% ../../nbs/20_data/99_init.ipynb #6ba2604e
-from .augment import make_transform, prepare
+from .augment import make_transform
 from .batch import Batch, Targets
 from .coco import read_coco, write_coco
 from .dice import read_dice, write_dice
 from .importer import import_dataset
 from .loader import make_loader, read_image
 from .manifest import list_datasets, load_dataset, load_manifest
+from .resize import prepare
 from .tiles import make_tiles, tile_grid
 from .validate import check_dataset
 from .voc import read_voc, write_voc

@@ -104,7 +104,8 @@ def denormalize_boxes(
     frame: tuple[int, int],  # (height, width) of the padded network input
 ) -> Float[Tensor, "b q 4"]:  # xyxy, pixels of the original image, cut to it
     "A network's boxes as pixels; written in operations that every export knows."
-    centre, half = boxes[..., :2].float(), boxes[..., 2:].float() / 2
+    centre = boxes[..., :2].float()
+    half = boxes[..., 2:].float() / 2
     corners = torch.cat([centre - half, centre + half], -1)
     down, across = (original_sizes.float() / sizes.float()).unbind(-1)  # pixels of the original per pixel of the input
     factor = torch.stack([across * frame[1], down * frame[0]], -1)

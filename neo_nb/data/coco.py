@@ -146,7 +146,8 @@ def _sieve(rows: list, fault: Any, source: str | Path, kind: str, problems: list
 
 def _unique(rows: list[dict], source: str | Path, kind: str, problems: list[Issue] | None) -> list[dict]:
     "The rows whose id stands for the first time."
-    seen, sound = set(), []
+    seen = set()
+    sound = []
     for row in rows:
         if row["id"] in seen:
             what = f"this {kind} id stands twice"

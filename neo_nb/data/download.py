@@ -195,7 +195,7 @@ def _zip_members(file: zipfile.ZipFile) -> Iterator[_Member]:
         kind = _KINDS.get(mode, "device or pipe") if mode else plain
         yield _Member(info.filename, kind, info.file_size, partial(file.open, info))
 
-
+# %% ../../nbs/20_data/20_download.ipynb #b57b9ea1
 def _tar_members(file: tarfile.TarFile) -> Iterator[_Member]:
     for info in file:
         is_kind = {

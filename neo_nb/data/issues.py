@@ -147,7 +147,8 @@ def place(
 ) -> str:  # `file line 3`, or `file image 7 annotation 12` where lines are unknown
     "Where a box was written."
     row = int(np.searchsorted(table.offsets, box, side="right") - 1)
-    source, line = Path(table.source), table.lines[box]
+    source = Path(table.source)
+    line = table.lines[box]
     if not line:
         return f"{table.source or table.name} image {table.image_ids[row]} annotation {table.box_ids[box]}"
     if source.suffix in (".yaml", ".yml"):  # YOLO: a label file for each image

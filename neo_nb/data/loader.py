@@ -24,9 +24,10 @@ from ..base.annotations import Annotations
 from ..base.boxes import degenerate
 from ..base.core import InputError, derive_seed
 from ..base.geometry import Resize, check_size, fit, pad_to
-from .augment import Policy, Sample, get_policy, make_transform, resize_image, stack
+from .augment import Policy, Sample, get_policy, make_transform
 from .batch import Batch, Targets, normalize_boxes
 from .mosaic import mixup, mosaic
+from .resize import resize_image, stack
 from .sampler import EpochBatchSampler, epoch_length
 from .workers import Stream
 
@@ -76,7 +77,8 @@ def sanitize_boxes(
     sizes = np.repeat(annotations.sizes, np.diff(annotations.offsets), axis=0)
     limits = np.concatenate([sizes[:, ::-1], sizes[:, ::-1]], 1).astype(np.float32)
     cut = np.clip(annotations.boxes_xyxy, 0, limits)
-    bad, outside = degenerate(cut), (cut != annotations.boxes_xyxy).any(1)
+    bad = degenerate(cut)
+    outside = (cut != annotations.boxes_xyxy).any(1)
     outside &= ~bad
     if not (bad.any() or outside.any()):
         return annotations, []
@@ -102,7 +104,8 @@ class ImageReader:
         if self.cache is None:
             image = read_image(known.path, known.size)
             if image.shape[:2] != known.size:
-                (h, w), (h0, w0) = image.shape[:2], known.size
+                h, w = image.shape[:2]
+                h0, w0 = known.size
                 what = f"the file is {h} x {w}, the annotations say {h0} x {w0} (height x width)"
                 raise InputError(what, f"image {known.image_id} ({known.path})", "fix the annotations, or the file")
             return Sample(image, known.boxes_xyxy, known.labels, known.iscrowd)
@@ -261,7 +264,8 @@ def _cached(table: Annotations, size: tuple[int, int], limit: float, resize: Res
     gib = places[-1] / 2**30
     if gib > limit:
         return None, [f"no cache: {len(table):,} images would take {gib:.3g} GiB of the {limit:g} GiB allowed"]
-    pixels, read = np.empty(places[-1], np.uint8), ImageReader(table)
+    pixels = np.empty(places[-1], np.uint8)
+    read = ImageReader(table)
 
     def store(row: int) -> None:
         small = resize_image(read(row).image, tuple(sizes[row].tolist()))

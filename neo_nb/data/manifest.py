@@ -146,7 +146,8 @@ def read_split(
 
 def _as_stored(manifest: Manifest, split: str, problems: list[Issue] | None, extras: bool) -> Annotations:
     "A split as its files say."
-    entry, name = manifest.splits[split], f"{manifest.name}/{split}"
+    entry = manifest.splits[split]
+    name = f"{manifest.name}/{split}"
     if manifest.format == "scenes":
         return _scenes(manifest, entry, name)
     if manifest.format == "logos":
@@ -155,7 +156,11 @@ def _as_stored(manifest: Manifest, split: str, problems: list[Issue] | None, ext
     if not root.is_dir():
         fetch = f" or `neo data fetch {manifest.name}`" if manifest.archives else ""
         raise_or_collect(
-            problems, "root-missing", root, f"the data of {manifest.name} are not here", remedy=_WHERE + fetch
+            problems,
+            "root-missing",
+            root,
+            f"the data of {manifest.name} are not here",
+            remedy=f"set NEO_DATA (or `data` in settings.ini) to the folder that holds it{fetch}",
         )
         return _nothing(manifest, name)
     annotations, images = root / (entry.annotations or "."), root / (entry.images or ".")
@@ -166,10 +171,6 @@ def _as_stored(manifest: Manifest, split: str, problems: list[Issue] | None, ext
         return read_voc(annotations, images, name, manifest.classes or None, problems)
     read = {"coco": read_coco, "dice": read_dice}[manifest.format]
     return read(annotations, images, name, problems, extras)
-
-
-_WHERE = "set NEO_DATA (or `data` in settings.ini) to the folder that holds it,"
-_WHERE = _WHERE.rstrip(",")
 
 
 def _nothing(manifest: Manifest, name: str) -> Annotations:
@@ -192,7 +193,8 @@ def _logos(manifest: Manifest, entry: Split, name: str) -> Annotations:
     "Drawn logos, from the disk when they are there."
     from neo_nb.synthetic.logos import HEIGHTS, make_logos
 
-    sizes, heights = manifest.sizes or [manifest.size or (540, 960)], manifest.heights or HEIGHTS
+    sizes = manifest.sizes or [manifest.size or (540, 960)]
+    heights = manifest.heights or HEIGHTS
     key = f"{'_'.join(f'{h}x{w}' for h, w in sizes)}-{entry.num_images}-{entry.seed}-{heights[0]:g}-{heights[1]:g}"
     folder = manifest.folder.with_name(f"{manifest.folder.name}-{key}")
     return make_logos(entry.num_images or 100, sizes, entry.seed, folder, name, heights)

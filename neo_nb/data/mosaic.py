@@ -47,7 +47,8 @@ def mosaic(
     "Four images around a random centre."
     if len(samples) != 4:
         raise InputError(f"a mosaic takes 4 images, found {len(samples)}")
-    policy, rng = get_policy(policy), np.random.default_rng(seed)
+    policy = get_policy(policy)
+    rng = np.random.default_rng(seed)
     y, x = (round(side * rng.uniform(0.3, 0.7)) for side in size)
     image = np.zeros((*size, 3), np.uint8)
     parts = []

@@ -77,8 +77,10 @@ def find_copies(
         return {}
     known = [_thumbnails(other, threads) for other in others]
     files = [str(other[row].path) for other, (rows, _) in zip(others, known) for row in rows.tolist()]
-    golden, (rows, mine) = np.concatenate([small for _, small in known]), _thumbnails(table, threads)
-    bound, found = ON_AVERAGE * (SIDE // 4) ** 2, {}
+    golden = np.concatenate([small for _, small in known])
+    rows, mine = _thumbnails(table, threads)
+    bound = ON_AVERAGE * (SIDE // 4) ** 2
+    found = {}
     for start in range(0, len(mine), block):
         near = cdist(_coarse(mine[start : start + block]), _coarse(golden), "cityblock") <= bound
         for i, j in np.argwhere(near).tolist():

@@ -28,7 +28,8 @@ def drawn(
     seed: int,  # Of the comb's place
 ) -> np.ndarray:  # Rows in rising order, each its weight rounded down or up; round(sum of weights) of them
     "The rows of a weighted epoch."
-    count, ends = epoch_length(weights), np.cumsum(weights, dtype=np.float64)
+    count = epoch_length(weights)
+    ends = np.cumsum(weights, dtype=np.float64)
     if not count:
         return np.zeros(0, np.int64)
     teeth = (np.arange(count) + np.random.default_rng(seed).uniform()) * (ends[-1] / count)

@@ -62,7 +62,8 @@ def plot_statistics(annotations: Annotations):
     figure = Figure(figsize=(13, 3), layout="constrained")
     axes = figure.subplots(1, 5, width_ratios=[1, 1.2, 1.2, 1, 1.3])
     objects = ~annotations.iscrowd & ~degenerate(annotations.boxes_xyxy)
-    boxes, sizes = annotations.boxes_xyxy[objects], annotations.sizes[annotations.image_index[objects]]
+    boxes = annotations.boxes_xyxy[objects]
+    sizes = annotations.sizes[annotations.image_index[objects]]
     _classes(axes[0], annotations, objects)
     _sides(axes[1], annotations.areas[objects])
     _crowds(axes[2], np.bincount(annotations.image_index[objects], minlength=len(annotations)))
@@ -151,7 +152,8 @@ def write_dataset_page(
     title: str = "Data set",
 ) -> Path:  # The page
     "Numbers, plots and images of each split."
-    folder, parts = Path(folder), []
+    folder = Path(folder)
+    parts = []
     for name, table in splits.items():
         data = io.BytesIO()
         plot_statistics(table).savefig(data, dpi=110, format="png")

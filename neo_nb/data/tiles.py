@@ -111,7 +111,10 @@ def tile_table(
         raise InputError(
             f"min_area_ratio {min_area_ratio} is in 0..1, empty {empty} ≥ 0, oversample_small {oversample_small} ≥ 1"
         )
-    parts, images, windows, before = [], [], [], 0
+    parts = []
+    images = []
+    windows = []
+    before = 0
     for row in range(len(annotations)):
         mine = tile_grid(tuple(annotations.sizes[row].tolist()), tile, overlap)
         found = _cut(annotations, row, mine, min_area_ratio)
@@ -187,7 +190,10 @@ class RegionReader:
         size: tuple[int, int] | None = None,  # (height, width) as annotated: decides whether EXIF turns the image
         large: int = LARGE,  # Pixels from which it is read by region
     ):
-        self.path, self.size, self.image, self.source = Path(path), size, None, None
+        self.path = Path(path)
+        self.size = size
+        self.image = None
+        self.source = None
         if size is not None and size[0] * size[1] > large:
             self.source = _open(self.path, size)
         else:
@@ -247,7 +253,9 @@ def make_tiles(
     done.unlink(missing_ok=True)
     shutil.rmtree(folder / "images", ignore_errors=True)
     origin = {str(name): row for row, name in enumerate(annotations.image_ids)}
-    places, row, regions = [parse_tile_id(name) for name in table.image_ids], -1, None
+    places = [parse_tile_id(name) for name in table.image_ids]
+    row = -1
+    regions = None
     files = []
     for image, window in tqdm(places, desc="tiles", unit="tile", disable=not progress, leave=False):
         if origin[image] != row:
@@ -268,7 +276,8 @@ def _keep_weights(made: Manifest, manifest: Manifest, heavy: dict[str, np.ndarra
     "Write the tiles' weights, those of their images, beside the new manifest; the rounds of mining stay known."
     if not manifest.mined or len(heavy) > 1:
         raise InputError(f"weights of {' and '.join(heavy)} that no round of mining gave", manifest.name)
-    (split, weights), known = next(iter(heavy.items())), read_mined(manifest.mined)
+    split, weights = next(iter(heavy.items()))
+    known = read_mined(manifest.mined)
     ids = read_split(made, split).image_ids.tolist()
     pairs = [(one, round(float(weight), 4)) for one, weight in zip(ids, weights) if weight != 1]
     tiled = known.model_copy(update={"weights": pairs, "images": [], "negatives": []})
@@ -284,14 +293,18 @@ def save_tiled(
     rule: dict[str, float | int],  # For the split `train`: empty, oversample_small, min_area_ratio
 ) -> dict[str, dict]:  # What became of boxes and tiles, by split
     "Cut splits and write them with a manifest."
-    name, stats, splits, drawn = Path(target).stem, {}, {}, {}
+    name = Path(target).stem
+    stats = {}
+    splits = {}
+    drawn = {}
     root = Path(settings()["data"]) / name
     for split, table in tables.items():
         mine = rule if split == "train" else {"empty": 1e9}
         cut, one = make_tiles(table, root / split, tile, overlap=overlap, **mine)
         in_root = replace(cut, root=root, file_names=np.array([f"{split}/{file}" for file in cut.file_names]))
         write_coco(in_root, root / f"{split}.json")
-        splits[split], stats[split] = Split(annotations=f"{split}.json", images="."), one.__dict__
+        splits[split] = Split(annotations=f"{split}.json", images=".")
+        stats[split] = one.__dict__
         drawn[split] = cut.weights
     title = f"{manifest.title or manifest.name}, in tiles of {tile[0]} x {tile[1]}"
     classes = list(next(iter(tables.values())).class_names)

@@ -127,8 +127,8 @@ def _image(table: Annotations, row: int) -> tuple[str, str]:
 # %% ../../nbs/20_data/09_validate.ipynb #2b488b9a
 def _repeats(values: Sequence) -> list[int]:
     "The places of values that stood before."
-    seen: set = set()
-    return [i for i, value in enumerate(values) if value in seen or seen.add(value)]
+    _, first = np.unique(np.asarray(values), return_index=True)
+    return np.setdiff1d(np.arange(len(values)), first).tolist()
 
 # %% ../../nbs/20_data/09_validate.ipynb #5e1bcea0
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def check_images(
     "Compare images with what the table says of them."
     problems: list[Issue] = []
     for row, fact in enumerate(facts):
-        path, image_id = table.root / str(table.file_names[row]), table.image_ids[row].item()
+        path = table.root / str(table.file_names[row])
+        image_id = table.image_ids[row].item()
         height, width = table.sizes[row].tolist()
         if fact.check:
             raise_or_collect(problems, fact.check, path, f"{fact.message}; image {image_id}", image_id=image_id)
@@ -214,7 +215,8 @@ def check_repeats(
             across = other != split
             what = f"the same file as {first}; {other} image {table.image_ids[k]}"
             check, severity = ("image-in-two-splits", "error") if across else ("image-twice", "warning")
-            where, image_id = table.root / str(table.file_names[k]), table.image_ids[k].item()
+            where = table.root / str(table.file_names[k])
+            image_id = table.image_ids[k].item()
             raise_or_collect(problems, check, where, what, severity=severity, image_id=image_id)
     return problems
 
@@ -358,7 +360,8 @@ def _facts_of(table: Annotations) -> dict[str, Any]:
 def _check_manifest(manifest: Manifest, split: str, table: Annotations) -> list[Issue]:
     "Against what the manifest says."
     problems: list[Issue] = []
-    entry, where = manifest.splits[split], f"{manifest.name}/{split}"
+    entry = manifest.splits[split]
+    where = f"{manifest.name}/{split}"
     if manifest.classes and list(table.class_names) != manifest.classes:
         what = f"its classes are {', '.join(table.class_names)}; the manifest says {', '.join(manifest.classes)}"
         raise_or_collect(problems, "class-list", where, what)

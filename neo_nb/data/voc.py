@@ -52,7 +52,9 @@ def _parse(path: Path, problems: list[Issue] | None) -> tuple[ElementTree.Elemen
 
 def _lines(text: str, starts: list[int]) -> list[int]:
     "The line number of each place."
-    lines, line, last = [], 1, 0
+    lines = []
+    line = 1
+    last = 0
     for start in starts:
         line += text.count("\n", last, start)
         last = start
@@ -145,7 +147,8 @@ def read_voc(
     problems: list[Issue] | None = None,  # Where faults are collected; None raises the first
 ) -> Annotations:
     "Read a folder of VOC's XML."
-    folder, images_root = Path(folder_xml), image_folder(images_root, folder_xml, problems)
+    folder = Path(folder_xml)
+    images_root = image_folder(images_root, folder_xml, problems)
     if not folder.is_dir():
         raise_or_collect(problems, "folder-missing", folder, "no such folder of XML files")
     names, category_ids = _classes(folder, class_names, problems)

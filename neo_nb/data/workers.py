@@ -72,14 +72,16 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-_LATE, _DEAD = "DataLoader timed out", ("exited unexpectedly", "is killed by signal", "received 0 items of ancdata")
+_LATE = "DataLoader timed out"
+_DEAD = ("exited unexpectedly", "is killed by signal", "received 0 items of ancdata")
 
 # %% ../../nbs/20_data/16_workers.ipynb #bb3f1c53
 def _explained(error: BaseException, about: str = "") -> BaseException:
     "One clear line for a worker that died or is silent; any other error as it is."
     if isinstance(error.__cause__, InputError):
         return error.__cause__
-    words, message = ", ".join(filter(None, (about, _shared()[1]))), str(error)
+    words = ", ".join(filter(None, (about, _shared()[1])))
+    message = str(error)
     if _LATE in message:
         remedy = "see whether the disk of the images answers, or choose --num-workers 0"
         return InputError(f"no batch came for {PATIENCE / 60:.3g} minutes ({words})", "loader", remedy)

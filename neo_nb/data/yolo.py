@@ -89,7 +89,9 @@ def _images_of(places: list[Path], where: Path, problems: list[Issue] | None) ->
 # %% ../../nbs/20_data/02_yolo.ipynb #f0518ddf
 def _label_rows(text: str, where: Path, problems: list[Issue] | None) -> tuple[list[list[str]], list[int], dict]:
     "Rows of five columns, their lines, and the polygons by row."
-    rows, lines, polygons = [], [], {}
+    rows = []
+    lines = []
+    polygons = {}
     if "\r" in text:
         raise_or_collect(problems, "line-ends", where, "CRLF line ends", severity="info")
     for number, line in enumerate(text.splitlines(), 1):
@@ -158,13 +160,16 @@ def _row_faults(
     for i in np.flatnonzero(~sound).tolist():
         if not finite[i]:
             hint = " (commas?)" if any("," in v for v in rows[i]) else ""
-            check, what = "box-not-finite", f"a value is no finite number{hint}: {' '.join(rows[i])[:60]}"
+            check = "box-not-finite"
+            what = f"a value is no finite number{hint}: {' '.join(rows[i])[:60]}"
         elif not known[i]:
-            check, what = "unknown-class", f"class {rows[i][0]} is outside 0..{classes - 1}"
+            check = "unknown-class"
+            what = f"class {rows[i][0]} is outside 0..{classes - 1}"
         else:
             j = int(np.flatnonzero(beyond[i])[0])
             column = ("cx", "cy", "width", "height")[j]
-            check, what = "box-range", f"{column} = {values[i, j + 1]:g} is outside 0..1 (tolerance {tolerance:g})"
+            check = "box-range"
+            what = f"{column} = {values[i, j + 1]:g} is outside 0..1 (tolerance {tolerance:g})"
         remedy = "fix the label or read with a larger tolerance" if check == "box-range" else ""
         raise_or_collect(
             problems, check, f"{places[i][0]} line {places[i][1]}", what, image_id=places[i][2], remedy=remedy
@@ -245,7 +250,10 @@ def _read_labels(
     images: list[Path], ids: list, sizes: list, classes: int, tolerance: float, problems: list[Issue] | None
 ) -> tuple[dict[str, Any], np.ndarray]:
     "The columns of all boxes of the split, and the row of each box's image."
-    rows, places, image_row, polygons = [], [], [], {}
+    rows = []
+    places = []
+    image_row = []
+    polygons = {}
     for i, image in enumerate(images):
         path = label_path(image)
         if not path.is_file():

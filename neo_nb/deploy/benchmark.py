@@ -25,8 +25,8 @@ from torch import nn
 
 from ..base.core import InputError
 from ..base.devices import autocast, resolve_device, resolve_precision
-from ..data.augment import prepare
 from ..data.batch import Targets
+from ..data.resize import prepare
 from .detector import Detector
 from .onnx import export_onnx
 from ..models.rtdetr.convert import convert_state_dict
@@ -70,7 +70,8 @@ def summary(
     "Medians with their spread."
     import pandas as pd
 
-    rng, rows = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    rows = []
     drawn = {name: rng.integers(len(x), size=(500, len(x))) for name, x in times.items()}
     medians = {name: np.median(np.array(x)[drawn[name]], 1) for name, x in times.items()}
     for name, x in times.items():
@@ -240,7 +241,8 @@ def training(
     ours, peer = (x.to(place) for x in matched_pair(name, freeze_bn=frozen))
     images = torch.rand(batch, 3, *size, device=place)
     drawn = torch.rand(batch, objects, 4, device=place) * torch.tensor([0.8, 0.8, 0.1, 0.1], device=place)
-    boxes, labels = drawn + torch.tensor([0.1, 0.1, 0.02, 0.02], device=place), torch.arange(objects) % 80
+    boxes = drawn + torch.tensor([0.1, 0.1, 0.02, 0.02], device=place)
+    labels = torch.arange(objects) % 80
     none = torch.zeros(0, 4, device=place)
     targets = tuple(Targets(b, labels.to(place), none) for b in boxes)
     theirs = [{"class_labels": t.labels, "boxes": t.boxes} for t in targets]

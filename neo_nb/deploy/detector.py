@@ -27,9 +27,9 @@ from ..base.core import InputError
 from ..base.detections import Detections, concat
 from ..base.devices import autocast, count_cores, find_card, resolve_device, resolve_precision
 from ..base.geometry import check_size, pad_to
-from ..data.augment import prepare
 from ..data.batch import Batch
 from ..data.loader import make_loader
+from ..data.resize import prepare
 from ..models.weights import load_model, model_record, read_preprocessing
 
 # %% ../../nbs/65_deploy/00_detector.ipynb #b4a79ba9
@@ -51,7 +51,9 @@ class Detector:
     ):
         self.device = resolve_device(device)
         self.precision: str = resolve_precision(precision, self.device)
-        self.record, self.size, self.batch = record, check_size(size), batch
+        self.record = record
+        self.size = check_size(size)
+        self.batch = batch
         self.class_names, self.category_ids = tuple(record["class_names"]), tuple(record["category_ids"])
         self.preprocessing = read_preprocessing(record)
         self.divisor, self.resize = self.preprocessing.divisor, self.preprocessing.resize
@@ -98,7 +100,8 @@ def to_detections(
     "An answer as detections."
     boxes, scores, labels = answer
     index = np.arange(len(batch)) if num_images is None else batch.image_index.numpy()
-    found, index = scores > 0, np.broadcast_to(index[:, None], scores.shape)
+    found = scores > 0
+    index = np.broadcast_to(index[:, None], scores.shape)
     rows = (column[found] for column in (index, boxes, scores, labels))
     return Detections(*rows, len(batch) if num_images is None else num_images, self.class_names)
 
@@ -134,7 +137,8 @@ def predict(
     num_workers = choose_workers(table, self.device, count_cores()) if num_workers is None else num_workers
     shape = {"size": self.size, "divisor": self.divisor, "resize": self.resize}
     loader = make_loader(table, **shape, batch_size=step, num_workers=num_workers, quiet=True)
-    parts, begun = [_nothing(self, len(annotations))], None
+    parts = [_nothing(self, len(annotations))]
+    begun = None
     with tqdm(total=len(annotations), desc="predict", unit="image", disable=not progress, leave=False) as bar:
         for batch in loader if len(annotations) else ():
             begun, before = (batch, self.submit(batch)), begun
@@ -300,7 +304,8 @@ def _session(path: Path, kind: str, index: int) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4
     provider = (PROVIDERS[kind], {"device_id": index}) if kind == "cuda" else PROVIDERS[kind]
     try:
         return ort.InferenceSession(path, options, providers=[provider])

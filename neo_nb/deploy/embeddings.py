@@ -8,6 +8,9 @@
 __all__ = ['pooled', 'embed_boxes', 'embed_images']
 
 # %% ../../nbs/65_deploy/03_embeddings.ipynb #3d9d6649
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ from ..base.annotations import Annotations
 from ..base.core import InputError
 from ..base.detections import Detections
 from ..base.devices import autocast
-from ..data.augment import prepare
+from ..data.resize import prepare
 from ..data.tiles import RegionReader
 from .detector import Detector
 
@@ -66,6 +69,15 @@ def _views(
     return views
 
 # %% ../../nbs/65_deploy/03_embeddings.ipynb #f55cf264
+def _crops(annotations: Annotations, views: list) -> Iterator[np.ndarray]:
+    "The pixels of each view, one after the other; an image is opened once."
+    for row, windows in itertools.groupby(views, key=lambda view: view[0]):
+        known = annotations[row]
+        regions = RegionReader(known.path, known.size)
+        for _, window, _ in windows:
+            yield regions.read(window)
+
+
 @torch.inference_mode()
 def _embed(
     detector: Detector, annotations: Annotations, boxes: np.ndarray, offsets: np.ndarray, batch_size: int
@@ -74,15 +86,11 @@ def _embed(
     network = _network(detector)
     device = next(network.parameters()).device
     vectors = np.zeros((len(boxes), network.feature_channels), np.float32)
-    views, regions, at = _views(detector, annotations, boxes, offsets), None, -1
+    views = _views(detector, annotations, boxes, offsets)
+    crops = _crops(annotations, views)
     for start in range(0, len(views), batch_size):
-        some, parts = views[start : start + batch_size], []
-        for row, window, _ in some:
-            if row != at:
-                known = annotations[row]
-                regions, at = RegionReader(known.path, known.size), row
-            parts.append(regions.read(window))
-        batch = prepare(parts, detector.size, detector.divisor, detector.resize)
+        some = views[start : start + batch_size]
+        batch = prepare([crop for _, crop in zip(some, crops)], detector.size, detector.divisor, detector.resize)
         which = np.concatenate([rows for _, _, rows in some])
         where = np.repeat(np.arange(len(some)), [len(rows) for _, _, rows in some])
         shift = np.array([window[:2] for _, window, _ in some], np.float32)

@@ -52,14 +52,16 @@ BLOCK = 1 << 22  # Pairs at a time
 
 def _inside(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # n m
     "The share of each box of `a` that lies in each of `b`."
-    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     own = np.maximum((a[:, 2:] - a[:, :2]).prod(1), 1e-9)
     return np.clip(high - low, 0, None).prod(2) / own[:, None]
 
 
 def _part_of(boxes: np.ndarray, labels: np.ndarray, cut: np.ndarray, share: float) -> np.ndarray:  # bool, of the cut
     "Which cut boxes lie in a whole one of their class."
-    whole, parts = np.flatnonzero(~cut), np.flatnonzero(cut)
+    whole = np.flatnonzero(~cut)
+    parts = np.flatnonzero(cut)
     gone = np.zeros(len(parts), bool)
     step = max(1, BLOCK // max(len(whole), 1))
     for start in range(0, len(parts), step):
@@ -81,9 +83,11 @@ def _strips(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # 
     "Pairs of tiles, what both saw, and whether that is no more than a border: taken wider, if no third tile saw it."
     reach = 2 * _margins(tiles) * (-1, -1, 1, 1)
     one, two = np.triu_indices(len(tiles), 1)
-    low, high = np.maximum(tiles[one, :2], tiles[two, :2]), np.minimum(tiles[one, 2:], tiles[two, 2:])
+    low = np.maximum(tiles[one, :2], tiles[two, :2])
+    high = np.minimum(tiles[one, 2:], tiles[two, 2:])
     narrow = high - low < reach[one, 2:]
-    strips, thin = np.concatenate([low, high], 1) + np.where(np.tile(narrow, 2), reach[one], 0), narrow.any(1)
+    strips = np.concatenate([low, high], 1) + np.where(np.tile(narrow, 2), reach[one], 0)
+    thin = narrow.any(1)
     pairs = np.flatnonzero((strips[:, :2] < strips[:, 2:]).all(1))
     keep = [not thin[p] or not _within(strips[p], tiles).any() for p in pairs]
     pairs = pairs[np.array(keep, bool)]
@@ -96,12 +100,15 @@ def _within(box: np.ndarray, tiles: np.ndarray) -> np.ndarray:  # t bool
 # %% ../../nbs/65_deploy/01_merge_tiles.ipynb #8b62b91f
 def _links(boxes: np.ndarray, labels: np.ndarray, frames: np.ndarray, agree: float, share: float) -> csr_array:
     "Which parts are of one object; pairs of tiles one after the other, as most have nothing in common."
-    margins, links = _margins(frames), [np.zeros((2, 0), np.int64)]
+    margins = _margins(frames)
+    links = [np.zeros((2, 0), np.int64)]
     longer = np.where(np.abs(boxes - frames) <= margins, frames + 2 * margins * (-1, -1, 1, 1), boxes)
     tiles, tile = np.unique(frames, axis=0, return_inverse=True)
     rows = [np.flatnonzero(tile.ravel() == number) for number in range(len(tiles))]
     for (one, two), strip, thin in zip(*_strips(tiles)):
-        i, j, seen = rows[one], rows[two], longer if thin else boxes
+        i = rows[one]
+        j = rows[two]
+        seen = longer if thin else boxes
         inside = np.maximum(_inside(boxes[i], boxes[j]), _inside(boxes[j], boxes[i]).T)
         same = _agree(seen[i], seen[j], strip) + 1e-3 * inside  # inside: where the strip says nothing
         same[labels[i][:, None] != labels[j]] = -1
@@ -116,7 +123,8 @@ def _join(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, links: csr_
     "Parts of one object become their union."
     number = connected_components(links, directed=False)[1]
     heads = np.unique(number, return_index=True)[1]  # rows by falling score: the first is the best
-    low, high = np.full((len(heads), 2), np.inf), np.full((len(heads), 2), -np.inf)
+    low = np.full((len(heads), 2), np.inf)
+    high = np.full((len(heads), 2), -np.inf)
     np.minimum.at(low, number, boxes[:, :2])
     np.maximum.at(high, number, boxes[:, 2:])
     return np.concatenate([low, high], 1), scores[heads], labels[heads]
@@ -137,9 +145,11 @@ def _gather(
     boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, kept: np.ndarray, method: Method, iou_threshold: float
 ) -> np.ndarray:
     "The kept boxes, widened or averaged by those they stand for."
-    result, others = boxes.astype(np.float64), np.setdiff1d(np.arange(len(boxes)), kept)
+    result = boxes.astype(np.float64)
+    others = np.setdiff1d(np.arange(len(boxes)), kept)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    step, owner = max(1, BLOCK // max(len(kept), 1)), np.full(len(others), -1)
+    step = max(1, BLOCK // max(len(kept), 1))
+    owner = np.full(len(others), -1)
     for start in range(0, len(others), step):
         some = others[start : start + step]
         inter = _inside(boxes[some], boxes[kept]) * area[some][:, None]

@@ -26,8 +26,8 @@ from ..base.boxes import box_iou
 from ..base.core import InputError, atomic_write, check_choice
 from ..base.detections import Detections
 from ..base.geometry import check_size, pad_to
-from ..data.augment import prepare
 from ..data.batch import Batch
+from ..data.resize import prepare
 from .detector import INPUTS, OUTPUTS, Detector, TorchDetector, load_detector
 from ..models.weights import model_record
 
@@ -70,7 +70,8 @@ def export_onnx(
     **more: object,  # Goes into the record: metrics, data, fingerprint
 ) -> Path:  # `path`
     "Write a detector as one ONNX file."
-    path, size = Path(path), size or model.size
+    path = Path(path)
+    size = size or model.size
     if size is None:
         raise InputError(f"{model.model_name} does not say its input size", remedy="give size=(height, width)")
     if path.suffix != ".onnx":
@@ -81,7 +82,8 @@ def export_onnx(
         raise InputError(
             f"opset {opset} takes layer norms apart, which half precision does not survive", None, "17 or more"
         )
-    size, max_dets = check_size(size), max_dets or model.max_dets
+    size = check_size(size)
+    max_dets = max_dets or model.max_dets
     proto = _to_onnx(model, size, batch, max_dets, opset)
     record = model_record(model, **more) | {"size": list(size), "batch": batch, "max_dets": max_dets, "opset": opset}
     _describe(proto, record)
@@ -172,7 +174,8 @@ def _pairs(one: Detections, two: Detections, iou_threshold: float) -> tuple[np.n
 def _odd(kind: str, image: int, found: Detections, row: int, other: float | None) -> dict:
     "A detection that the other side has not, or says with another score."
     box = [round(float(x), 1) for x in found.boxes_xyxy[row]]
-    label, score = found.class_names[found.labels[row]], round(float(found.scores[row]), 4)
+    label = found.class_names[found.labels[row]]
+    score = round(float(found.scores[row]), 4)
     return {"image": image, "in": kind, "class": label, "score": score, "other_score": other, "box": box}
 
 # %% ../../nbs/65_deploy/04_onnx.ipynb #6bb559d8
@@ -184,7 +187,11 @@ def compare(
     score_bound: float = 1.0,  # From this difference in score on a pair does not agree
 ) -> dict:  # agreement (0..1), unmatched, apart, detections, largest score_difference, smallest iou, odd
     "How far two detectors say the same, as sets; `odd` lists what differs, surest first."
-    total, alone, odd, difference, smallest = 0, 0, [], 0.0, 1.0
+    total = 0
+    alone = 0
+    odd = []
+    difference = 0.0
+    smallest = 1.0
     for image in range(a.num_images):
         one, two = a.for_image(image), b.for_image(image)
         rows, columns, iou = _pairs(one, two, iou_threshold)
@@ -268,7 +275,8 @@ def verdict_text(
     told = f"{proof['verdict']}: "
     if proof["verdict"] == VERDICTS[2]:
         return told + f"neither torch nor ONNX found anything above {proof['min_score']:g}, so nothing was compared"
-    total, alike = proof["detections"], proof["detections"] - proof["unmatched"] - proof["apart"]
+    total = proof["detections"]
+    alike = proof["detections"] - proof["unmatched"] - proof["apart"]
     told += f"{alike:,} of {total:,} detections above {proof['min_score']:g} agree ({proof['agreement']:.2%}, "
     told += f"needed {proof['share']:.1%}); scores of pairs differ by {proof['score_difference']:.2g} at most"
     for row, items in worst_images(proof) if proof["verdict"] == VERDICTS[1] else ():
@@ -323,7 +331,8 @@ def verify_onnx(
     if detector.class_names != tuple(model.class_names):
         raise InputError(f"detects {list(detector.class_names)}, the model {list(model.class_names)}", path)
     reference: Detector = TorchDetector(model, detector.size)
-    predicted, expected = detector(images), reference(images).top_k(detector.record["max_dets"])
+    predicted = detector(images)
+    expected = reference(images).top_k(detector.record["max_dets"])
     result = prove(expected, predicted, precision, min_score) | {"images": len(images)}
     size = detector.batch or 1
     batch = prepare([images[i % len(images)] for i in range(size)], detector.size, detector.divisor, detector.resize)

@@ -37,8 +37,13 @@ class TiledDetector(Detector):
         super().__init__(inner.record, inner.size, inner.batch, inner.device)
         self.precision = inner.precision
         tile_grid(tile, tile, overlap)  # raises where they make no sense
-        self.inner, self.tile, self.overlap, self.whole = inner, tuple(tile), overlap, whole
-        self.method, self.lowest, self.kind = method, lowest, f"sliced {inner.kind}"
+        self.inner = inner
+        self.tile = tuple(tile)
+        self.overlap = overlap
+        self.whole = whole
+        self.method = method
+        self.lowest = lowest
+        self.kind = f"sliced {inner.kind}"
 
     def __repr__(self) -> str:
         height, width = self.tile
@@ -62,7 +67,9 @@ def _detect(
     self: TiledDetector, read: Callable[[np.ndarray], np.ndarray], size: tuple[int, int], batch_size: int | None
 ) -> Detections:
     "The detections of one image, of which only a batch of tiles is in memory."
-    windows, step, parts = self.windows(size), self.inner.batch or batch_size or 8, []
+    windows = self.windows(size)
+    step = self.inner.batch or batch_size or 8
+    parts = []
     for start in range(0, len(windows), step):
         some = windows[start : start + step]
         found = self.inner([read(window) for window in some]).filter(self.lowest)
@@ -106,7 +113,8 @@ def predict(
     num_workers: int | None = None,  # Not used: an image is read here, region by region
 ) -> Detections:
     "Detect in every image of a table; images too big to hold are read by region."
-    count, parts = len(annotations), [Detections([], np.zeros((0, 4)), [], [], len(annotations), self.class_names)]
+    count = len(annotations)
+    parts = [Detections([], np.zeros((0, 4)), [], [], len(annotations), self.class_names)]
     for row in tqdm(range(count), desc="predict", unit="image", disable=not progress, leave=False):
         known = annotations[row]
         regions = RegionReader(known.path, known.size)

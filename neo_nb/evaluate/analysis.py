@@ -97,7 +97,8 @@ def plot_confusion(
     class_names: Sequence[str],
 ):  # -> matplotlib Figure
     "The confusion matrix, shares of each row as shades."
-    matrix, k = np.asarray(matrix), len(class_names)
+    matrix = np.asarray(matrix)
+    k = len(class_names)
     side = min(10.0, 2.6 + 0.42 * k)
     figure, (panel,) = _axes(side + 1.2, side)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -119,7 +120,8 @@ def plot_calibration(
     "Share of right detections over score."
     figure, (panel,) = _axes(4.6, 3.0)
     count, score, precision = (np.array(found[key], float) for key in ("count", "score", "precision"))
-    some, edges = count > 0, np.linspace(0, 1, len(count) + 1)
+    some = count > 0
+    edges = np.linspace(0, 1, len(count) + 1)
     if some.any():
         height = np.log10(count + 1) / np.log10(count.max() + 1) * 0.35
         panel.bar(edges[:-1], height, np.diff(edges), align="edge", color="#e3e8ef", edgecolor="white")

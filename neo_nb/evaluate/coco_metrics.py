@@ -73,8 +73,10 @@ def coco_tables(
     "COCO's tables of precision and recall."
     pairs = iou_pairs(detections, annotations, IOU_THRESHOLDS[0], max(cap for _, cap in wanted))
     order = np.lexsort((-detections.scores, detections.labels))  # stable: of equals the earlier image
-    turn, labels = turns(detections)[order], detections.labels[order]
-    classes, tables = len(annotations.class_names), {}
+    turn = turns(detections)[order]
+    labels = detections.labels[order]
+    classes = len(annotations.class_names)
+    tables = {}
     for size in dict.fromkeys(size for size, _ in wanted):
         verdict, counted = label_tp_fp(pairs, detections, annotations, SIZES[size])
         objects = np.bincount(annotations.labels[counted], minlength=classes)

@@ -32,8 +32,11 @@ def _needed(total: np.ndarray) -> np.ndarray:  # d 101, int64
 
 def _class_ap(verdict: np.ndarray, image: np.ndarray, objects: np.ndarray, draws: np.ndarray) -> np.ndarray:  # t d
     "AP of one class at each threshold in each draw; rows of `verdict` by falling score."
-    weight, total = draws[:, image], draws @ objects
-    predicted, ap, needed = weight.cumsum(1, dtype=np.int32), np.zeros((len(verdict), len(draws))), _needed(total)
+    weight = draws[:, image]
+    total = draws @ objects
+    predicted = weight.cumsum(1, dtype=np.int32)
+    ap = np.zeros((len(verdict), len(draws)))
+    needed = _needed(total)
     for t, row in enumerate(verdict):
         right, excused = np.flatnonzero(row == RIGHT), np.flatnonzero(row == UNCOUNTED)
         if not len(right):
@@ -70,7 +73,8 @@ def ap_of_draws(
         mine = ~annotations.iscrowd & (annotations.labels == label)
         objects = np.bincount(annotations.image_index[mine], minlength=len(annotations))
         if objects.any():
-            step, predicted = max(1, CELLS // max(len(rows), 1)), (verdict[:, rows], detections.image_index[rows])
+            step = max(1, CELLS // max(len(rows), 1))
+            predicted = (verdict[:, rows], detections.image_index[rows])
             parts = [_class_ap(*predicted, objects, draws[i : i + step]) for i in range(0, len(draws), step)]
             ap[label] = np.concatenate(parts, 1)
     known = ~np.isnan(ap[:, 0])
@@ -98,7 +102,8 @@ def image_counts(
 ) -> np.ndarray:  # n 3, int64: right, wrong, not found
     "TP, FP and FN of each image."
     loud = detections.filter(threshold)
-    matches, n = match_detections(loud, annotations, iou_threshold, max_dets), len(annotations)
+    matches = match_detections(loud, annotations, iou_threshold, max_dets)
+    n = len(annotations)
     masks = (matches.truth >= 0, (matches.truth < 0) & ~matches.ignored)
     predicted = [np.bincount(loud.image_index[mask], minlength=n) for mask in masks]
     lost = np.bincount(annotations.image_index[~matches.found & ~annotations.iscrowd], minlength=n)

@@ -22,7 +22,7 @@ from .operating_point import match_detections
 
 # %% ../../nbs/50_evaluate/04_errors.ipynb #3bdb45f4
 KINDS = ("right", "localisation", "classification", "duplicate", "background", "both", "uncounted")
-(IS_RIGHT, LOCALISATION, CLASSIFICATION, DUPLICATE, BACKGROUND, BOTH, NOT_COUNTED) = range(7)
+IS_RIGHT, LOCALISATION, CLASSIFICATION, DUPLICATE, BACKGROUND, BOTH, NOT_COUNTED = range(7)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,8 @@ def any_class(
 
 def _best(pairs: Pairs, wanted: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     "Of the wanted pairs the one that overlaps most, for each detection: IoU (0: none) and object (-1: none)."
-    iou, truth = np.zeros(count), np.full(count, -1)
+    iou = np.zeros(count)
+    truth = np.full(count, -1)
     rising = np.flatnonzero(wanted)[np.argsort(pairs.iou[wanted], kind="stable")]
     iou[pairs.detection[rising]], truth[pairs.detection[rising]] = pairs.iou[rising], pairs.truth[rising]
     return iou, truth
@@ -78,7 +79,8 @@ def find_errors(
         raise InputError(f"background_iou {background_iou} must be above 0 and below iou_threshold {iou_threshold}")
     high = np.flatnonzero(detections.scores >= np.float32(score_threshold))
     matches = match_detections(detections.select(high), annotations, iou_threshold, max_dets)
-    kind, truth = np.full(len(detections), NOT_COUNTED, np.uint8), np.full(len(detections), -1)
+    kind = np.full(len(detections), NOT_COUNTED, np.uint8)
+    truth = np.full(len(detections), -1)
     iou = np.zeros(len(detections), np.float32)
     kind[high[~matches.ignored]] = IS_RIGHT
     truth[high] = matches.truth
@@ -107,10 +109,13 @@ def _kinds(
         (DUPLICATE, own_iou >= is_there, own, own_iou),
         (BOTH, other_iou > 0, other, other_iou),
     )
-    kind, truth = np.full(len(rows), BACKGROUND, np.uint8), np.full(len(rows), -1)
+    kind = np.full(len(rows), BACKGROUND, np.uint8)
+    truth = np.full(len(rows), -1)
     iou = np.zeros(len(rows), np.float32)
     for number, holds, objects, overlap in reversed(asked):  # the first that holds has the last word
-        kind[holds], truth[holds], iou[holds] = number, objects[holds], overlap[holds]
+        kind[holds] = number
+        truth[holds] = objects[holds]
+        iou[holds] = overlap[holds]
     return kind, truth, iou
 
 
@@ -133,12 +138,14 @@ def confusion_matrix(
 ) -> np.ndarray:  # k + 1 k + 1, int64: true class by row, class said by column; the last: background
     "Count which class was taken for which."
     detections = detections.filter(score_threshold)
-    classes, matches = len(annotations.class_names), match_detections(detections, annotations, iou_threshold, max_dets)
+    classes = len(annotations.class_names)
+    matches = match_detections(detections, annotations, iou_threshold, max_dets)
     rows = np.flatnonzero((matches.truth < 0) & ~matches.ignored)
     pairs, some, there = any_class(detections, annotations, rows, iou_threshold)
     free = ~matches.found[pairs.truth]
     pairs = Pairs(pairs.detection[free], pairs.truth[free], pairs.iou[free])
-    taken, truth = match_greedy(pairs, some, there, (iou_threshold,)), matches.truth.copy()
+    taken = match_greedy(pairs, some, there, (iou_threshold,))
+    truth = matches.truth.copy()
     truth[rows[taken.detection]] = taken.truth[0]
     predicted = (
         np.where(truth >= 0, annotations.labels[truth], classes)
@@ -166,14 +173,16 @@ def _fixed(
 ) -> tuple[np.ndarray, np.ndarray]:
     "Labels and verdict when one kind of error is fixed."
     verdict = np.where(errors.kind == IS_RIGHT, RIGHT, np.where(errors.kind == NOT_COUNTED, UNCOUNTED, WRONG))
-    labels, rows = detections.labels.copy(), np.flatnonzero(errors.kind == number)
+    labels = detections.labels.copy()
+    rows = np.flatnonzero(errors.kind == number)
     verdict[rows] = UNCOUNTED
     if number in (LOCALISATION, CLASSIFICATION):
         rows = rows[~errors.found[errors.truth[rows]]]
         rows = rows[np.argsort(-detections.scores[rows], kind="stable")]
         _, first = np.unique(errors.truth[rows], return_index=True)
         rows = rows[first]
-        labels[rows], verdict[rows] = annotations.labels[errors.truth[rows]], RIGHT
+        labels[rows] = annotations.labels[errors.truth[rows]]
+        verdict[rows] = RIGHT
     return labels, verdict.astype(np.uint8)
 
 # %% ../../nbs/50_evaluate/04_errors.ipynb #a918d2e2
@@ -186,8 +195,10 @@ def delta_ap(
 ) -> dict[str, dict[str, float]]:  # Kind: `count` and `cost`, in AP at that IoU, 0..1
     "What each kind of error costs, over all scores."
     errors = find_errors(detections, annotations, iou_threshold, 0.0, background_iou, max_dets)
-    real, scores = ~annotations.iscrowd, detections.scores
-    objects, counts = np.bincount(annotations.labels[real], minlength=len(annotations.class_names)), errors.counts()
+    real = ~annotations.iscrowd
+    scores = detections.scores
+    objects = np.bincount(annotations.labels[real], minlength=len(annotations.class_names))
+    counts = errors.counts()
     labels, verdict = _fixed(errors, detections, annotations, IS_RIGHT + len(KINDS))  # of no kind: as it is
     now = _ap50(scores, labels, verdict, objects)
     if now < 0:

@@ -95,7 +95,8 @@ def _blocks(mine: np.ndarray, theirs: np.ndarray) -> Iterator[np.ndarray]:
 
 def _overlap(found: np.ndarray, objects: np.ndarray, crowd: np.ndarray) -> np.ndarray:
     "IoU of all pairs, block by block: (b, d, 4), (b, o, 4), (b, o) to (b, d, o)."
-    f, o = found.transpose(2, 0, 1)[..., None], objects.transpose(2, 0, 1)[:, :, None]
+    f = found.transpose(2, 0, 1)[..., None]
+    o = objects.transpose(2, 0, 1)[:, :, None]
     width = np.minimum(f[2], o[2]) - np.maximum(f[0], o[0])
     height = np.minimum(f[3], o[3]) - np.maximum(f[1], o[1])
     np.maximum(width, 0, out=width)
@@ -120,19 +121,26 @@ def iou_pairs(
     mine = group_rows(detections.image_index * classes + detections.labels)
     theirs = group_rows(annotations.image_index * classes + annotations.labels)
     _, d, o = np.intersect1d(mine.keys, theirs.keys, assume_unique=True, return_indices=True)
-    starts, counts = (mine.starts[d], theirs.starts[o]), (np.minimum(mine.counts[d], max_dets), theirs.counts[o])
-    rows, boxes = (mine.rows, theirs.rows), [t.boxes_xyxy.astype(np.float64) for t in (detections, annotations)]
-    floor, parts = _at_least(iou_threshold), [np.zeros((3, 0))]
-    for part in _blocks(*counts):
-        sides, there = [], []
-        for side in range(2):
-            place = np.arange(counts[side][part].max())
-            there.append(place < counts[side][part][:, None])
-            sides.append(rows[side][np.where(there[-1], starts[side][part][:, None] + place, 0)])
-        iou = _overlap(boxes[0][sides[0]], boxes[1][sides[1]], annotations.iscrowd[sides[1]])
-        group, i, j = np.nonzero((iou >= floor) & there[0][..., None] & there[1][:, None])
-        parts.append(np.stack([sides[0][group, i], sides[1][group, j], iou[group, i, j]]))
+    counts_d, counts_o = np.minimum(mine.counts[d], max_dets), theirs.counts[o]
+    boxes_d, boxes_o = (t.boxes_xyxy.astype(np.float64) for t in (detections, annotations))
+    floor = _at_least(iou_threshold)
+    parts = [np.zeros((3, 0))]
+    for part in _blocks(counts_d, counts_o):
+        found, real_d = _padded(mine.rows, mine.starts[d][part], counts_d[part])
+        truth, real_o = _padded(theirs.rows, theirs.starts[o][part], counts_o[part])
+        iou = _overlap(boxes_d[found], boxes_o[truth], annotations.iscrowd[truth])
+        group, i, j = np.nonzero((iou >= floor) & real_d[..., None] & real_o[:, None])
+        parts.append(np.stack([found[group, i], truth[group, j], iou[group, i, j]]))
     return _sorted_pairs(np.concatenate(parts, 1), detections, classes)
+
+# %% ../../nbs/50_evaluate/00_matching.ipynb #5345c6aa
+def _padded(
+    rows: np.ndarray, starts: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:  # g k, g k: rows of each group, and which of them are real
+    "Groups of rows side by side, the short ones filled up."
+    place = np.arange(counts.max())
+    real = place < counts[:, None]
+    return rows[np.where(real, starts[:, None] + place, 0)], real
 
 
 def _at_least(iou_threshold: float) -> float:
@@ -141,7 +149,9 @@ def _at_least(iou_threshold: float) -> float:
 
 
 def _sorted_pairs(pairs: np.ndarray, detections: Detections, classes: int) -> Pairs:
-    detection, truth, iou = pairs[0].astype(np.int64), pairs[1].astype(np.int64), pairs[2]
+    detection = pairs[0].astype(np.int64)
+    truth = pairs[1].astype(np.int64)
+    iou = pairs[2]
     group = detections.image_index[detection] * classes + detections.labels[detection]
     order = np.lexsort((truth, detection, group))
     return Pairs(detection[order], truth[order], iou[order])
@@ -158,7 +168,8 @@ class Assignment:
 def _rounds(group: np.ndarray, detection: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Pairs in the order of rounds; where each detection's pairs begin in it (and the end); rounds' ends in detections."
     first = np.flatnonzero(np.diff(detection, prepend=-1))  # pairs come detection after detection
-    turn, sizes = ranks(group[first]), np.diff(np.append(first, len(detection)))
+    turn = ranks(group[first])
+    sizes = np.diff(np.append(first, len(detection)))
     order = np.argsort(turn, kind="stable")
     starts = np.concatenate([[0], np.cumsum(sizes[order])])
     pairs = np.arange(starts[-1]) + np.repeat(first[order] - starts[:-1], sizes[order])
@@ -173,7 +184,8 @@ def match_greedy(
     ignored: np.ndarray | None = None,  # n, bool: objects that do not count; the crowd regions when None
 ) -> Assignment:
     "Let every detection take its object, at every threshold."
-    crowd, classes = annotations.iscrowd, max(len(annotations.class_names), 1)
+    crowd = annotations.iscrowd
+    classes = max(len(annotations.class_names), 1)
     ignored = crowd if ignored is None else ignored | crowd
     group = detections.image_index[pairs.detection] * classes + detections.labels[pairs.detection]
     order, starts, ends = _rounds(group, pairs.detection)

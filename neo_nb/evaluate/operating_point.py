@@ -39,7 +39,8 @@ def match_detections(
     taken = match_greedy(pairs, detections, annotations, (iou_threshold,))
     took = taken.truth[0]
     excused = (took >= 0) & annotations.iscrowd[took] if len(took) else took.astype(bool)
-    truth, found = np.full(len(detections), -1), np.zeros(len(annotations.labels), bool)
+    truth = np.full(len(detections), -1)
+    found = np.zeros(len(annotations.labels), bool)
     truth[taken.detection] = np.where(excused, -1, took)
     ignored = turns(detections) >= max_dets
     ignored[taken.detection[excused]] = True
@@ -113,7 +114,8 @@ def threshold_curves(
 
 def _curves(matches: Matches, detections: Detections, annotations: Annotations) -> dict[str, Curve]:
     counts, objects = ~matches.ignored, ~annotations.iscrowd
-    right, curves = matches.truth >= 0, {}
+    right = matches.truth >= 0
+    curves = {}
     curves[ALL] = _curve(detections.scores[counts], right[counts], int(objects.sum()))
     for label, name in enumerate(annotations.class_names):
         mine = counts & (detections.labels == label)
@@ -159,10 +161,12 @@ def f1_intervals(
     seed: int = 0,  # Of the draws
 ) -> dict[str, dict]:  # `ALL` and each class: `F1_interval`, `threshold_interval`, two numbers each
     "95 % intervals of the best F1 and of its threshold, by drawing images again."
-    matches, images = match_detections(detections, annotations, iou_threshold, max_dets), len(annotations)
+    matches = match_detections(detections, annotations, iou_threshold, max_dets)
+    images = len(annotations)
     curves = _curves(matches, detections, annotations)
     draws = np.random.default_rng(seed).multinomial(images, np.full(max(images, 1), 1 / max(images, 1)), RESAMPLES)
-    draws, result = draws[:, :images].astype(np.float32), {}
+    draws = draws[:, :images].astype(np.float32)
+    result = {}
     for label, name in enumerate((ALL, *annotations.class_names)):
         mine, objects = ~matches.ignored, ~annotations.iscrowd
         if label:

@@ -100,7 +100,8 @@ def slice_metrics(
 ) -> dict[str, dict[str, dict]]:  # "size", "tag", "objects per image": slice by name, its `slice_row` and `images`
     "The numbers of every slice."
     check_pair(detections, annotations)
-    pairs, rows = iou_pairs(detections, annotations, IOU_THRESHOLDS[0], max_dets), {"size": {}}
+    pairs = iou_pairs(detections, annotations, IOU_THRESHOLDS[0], max_dets)
+    rows = {"size": {}}
     verdict, counts = label_tp_fp(
         pairs, detections, annotations
     )  # images do not know of each other: once for all of them
@@ -127,7 +128,8 @@ def calibration(
 ) -> dict[str, Any]:  # count, score, precision: one number a bin (-1: empty); ECE 0..1, -1 without detections
     "How far scores are from the share of right answers."
     matches = match_detections(detections, annotations, iou_threshold, max_dets)
-    scores, right = detections.scores[~matches.ignored].astype(float), matches.truth[~matches.ignored] >= 0
+    scores = detections.scores[~matches.ignored].astype(float)
+    right = matches.truth[~matches.ignored] >= 0
     part = np.minimum((scores * bins).astype(int), bins - 1)
     count = np.bincount(part, minlength=bins)
     mean, share = (np.bincount(part, values, bins) / np.maximum(count, 1) for values in (scores, right))

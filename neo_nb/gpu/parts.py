@@ -57,7 +57,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def rehearsed(say: Callable[..., None], left: Callable[[], float], folder: Path) -> Bench:
     "The small `Bench`: every part on a CPU."
-    nano, scenes = "rtdetr_nano", (8, (64, 96))
+    nano = "rtdetr_nano"
+    scenes = (8, (64, 96))
     sizes: dict[str, Any] = {"models": (nano, nano), "sizes": ((64, 96),), "batches": (2,), "rounds": 3}
     sizes |= {"small": scenes, "large": scenes, "num_workers": 0, "minutes": 0.05, "backend": "eager"}
     return Bench(say, left, folder, "cpu", **sizes)
@@ -114,7 +115,8 @@ def same(bench: Bench) -> None:
 # %% ../../nbs/85_gpu/00_parts.ipynb #a3ec4263
 def step(bench: Bench) -> None:
     "Images per second, peak memory and share of the matrix peak of a training step, and where its time goes."
-    name, size = bench.models[1], bench.sizes[-1]
+    name = bench.models[1]
+    size = bench.sizes[-1]
     for batch in bench.batches:
         given = {"name": name, "size": size, "batch": batch, "objects": 40, "frozen": True, "device": bench.device}
         calls = training(**given, precision="bf16")

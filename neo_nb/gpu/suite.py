@@ -122,7 +122,9 @@ class Findings:
     "What was found, in a file of JSON lines and a table beside it that are whole at any time."
 
     def __init__(self, folder: str | Path, command: str):
-        self.folder, self.command, self.start = Path(folder), command, time.monotonic()
+        self.folder = Path(folder)
+        self.command = command
+        self.start = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lines = self.folder / "gpu.jsonl"
         self.rows: list[dict[str, Any]] = []
@@ -165,7 +167,8 @@ def run(
     chosen = [check_choice(name, PARTS, "part") for name in only] or list(PARTS)
     command = f"bash .gpu/run.sh FOLDER {seconds:g}" + (f" --only {','.join(only)}" if only else "")
     command = f"python -m neo_nb.gpu.suite FOLDER --rehearse --seconds {seconds:g}" if rehearse else command
-    findings, end = Findings(folder, command), time.monotonic() + seconds
+    findings = Findings(folder, command)
+    end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as scratch:
         deadline = [end]
         given: dict[str, Any] = {"left": lambda: deadline[0] - time.monotonic(), "folder": Path(scratch)}

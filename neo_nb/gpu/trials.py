@@ -122,7 +122,8 @@ def precision(bench: Bench) -> None:
     record = train(config, bench.folder / "nano", *data)
     bench.say(trained="rtdetr_nano", epochs=record["epochs"], minutes=record["minutes"])
     model, _ = load_model(bench.folder / "nano" / "weights" / "last.safetensors")
-    model.size, reference = size, detect(bench, model, data[1])
+    model.size = size
+    reference = detect(bench, model, data[1])
     bench.say(where="cpu", precision="fp32", AP=evaluate(reference, data[1])["AP"])
     model.to(bench.device)
     for name in DTYPES:
@@ -134,7 +135,8 @@ def precision(bench: Bench) -> None:
 # %% ../../nbs/85_gpu/01_trials.ipynb #6743231d
 def out_of_memory(bench: Bench) -> None:
     "A training whose batch does not fit goes on with half of it."
-    data, size = scenes(bench, "small"), bench.small[1]
+    data = scenes(bench, "small")
+    size = bench.small[1]
     lengths = {"epochs": 1, "batch_size": 8, "precision": "fp32"}
     trainer = Trainer(settings(bench, model="rtdetr_nano", size=size, **lengths), bench.folder / "short", *data)
     plain = trainer._part
@@ -146,7 +148,8 @@ def out_of_memory(bench: Bench) -> None:
         outputs = trainer.model(batch.images, batch.sizes, batch.targets)
         sum(trainer.model.loss(outputs, batch.targets).values()).backward()
         del outputs
-        peak, whole = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+        peak = torch.cuda.max_memory_allocated()
+        whole = torch.cuda.get_device_properties(0).total_memory
         trainer.optimizer.zero_grad(set_to_none=True)
         free(bench)
         torch.cuda.set_per_process_memory_fraction(0.75 * peak / whole)
@@ -225,7 +228,8 @@ def loading(bench: Bench) -> None:
     )
     for _ in loader:  # the workers start here
         break
-    begin, seen = time.perf_counter(), 0
+    begin = time.perf_counter()
+    seen = 0
     for given in loader:
         seen += len(given)
     rate = seen / (time.perf_counter() - begin)

@@ -55,12 +55,14 @@ def make_denoising(
     device = targets[0].boxes.device
     labels = torch.full((len(targets), most), num_classes, device=device)
     boxes = torch.zeros(len(targets), most, 4, device=device)
-    chosen, first = [], 0
+    chosen = []
+    first = 0
     for i, target in enumerate(targets):
         rows = torch.arange(len(target), device=device)
         if len(target) > most:  # a crowd: a random part of it, or the queries would multiply
             rows = torch.randperm(len(target), device=device)[:most].sort().values
-        labels[i, : len(rows)], boxes[i, : len(rows)] = target.labels[rows], target.boxes[rows].float()
+        labels[i, : len(rows)] = target.labels[rows]
+        boxes[i, : len(rows)] = target.boxes[rows].float()
         chosen.append((i, rows + first))
         first += len(target)
     return Denoising(

@@ -54,7 +54,8 @@ def pair_costs(
 ) -> Float[Tensor, "n l q"]:  # n objects, those of the first image first
     "Cost of each object for each query of its image, for every layer."
     layers, _, queries, classes = logits.shape
-    wanted, labels = torch.cat([t.boxes for t in targets]).float(), torch.cat([t.labels for t in targets])
+    wanted = torch.cat([t.boxes for t in targets]).float()
+    labels = torch.cat([t.labels for t in targets])
     image = np.repeat(np.arange(len(targets)), [len(t) for t in targets])
     image = _upload(torch.from_numpy(image), boxes.device)
     scores = logits.permute(1, 3, 0, 2)  # b c l q
@@ -68,7 +69,8 @@ def pair_costs(
         rows = image[i : i + step]
         by_class = scores[rows, labels[i : i + step]]
         by_class = by_class if len(wanted) >= len(targets) * classes else class_cost(by_class)
-        predicted, mark = planes[:, rows], marks[:, i : i + step]
+        predicted = planes[:, rows]
+        mark = marks[:, i : i + step]
         geometry = (predicted[:4] - mark[:4]).abs_().sum(0).mul_(weights[1])
         giou = paired_giou(
             predicted[4:].permute(1, 2, 3, 0), mark[4:].expand(-1, -1, layers, queries).permute(1, 2, 3, 0)
@@ -120,7 +122,8 @@ def match(
 # %% ../../nbs/30_losses/00_matcher.ipynb #af0a0c27
 def _assign(host: np.ndarray, counts: list[int]) -> np.ndarray:
     "Rows layer, image, query, object of all assignments; `host` holds a row of (l q) costs for each object."
-    rows, first = [], 0
+    rows = []
+    first = 0
     for image, count in enumerate(counts):
         for layer in range(host.shape[1] if count else 0):
             found, query = linear_sum_assignment(host[first : first + count, layer])

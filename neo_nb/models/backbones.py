@@ -66,7 +66,8 @@ def make_backbone(
 # %% ../../nbs/40_models/05_backbones.ipynb #1f77bd09
 def freeze_temporarily(module: nn.Module) -> Callable[[], None]:  # Lets it go again
     "Take a module out of training until the function that is returned is called."
-    moving, own = [p for p in module.parameters() if p.requires_grad], module.__dict__.get("train")
+    moving = [p for p in module.parameters() if p.requires_grad]
+    own = module.__dict__.get("train")
     freeze(module)
 
     def release() -> None:

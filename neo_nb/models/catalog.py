@@ -41,7 +41,7 @@ def describe_input(
     first = (contract.mean[0], contract.std[0])
     return f"RGB, {known.get(first, 'own mean and std')}, sides in multiples of {contract.divisor}"
 
-
+# %% ../../nbs/40_models/21_catalog.ipynb #2f963daf
 def describe_model(
     name: str,  # One of `list_models()`
     size: tuple[int, int] = (640, 640),  # (height, width); padded as the model wants it

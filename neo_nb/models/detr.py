@@ -56,7 +56,8 @@ def reference_config(config: DETRConfig, num_classes: int) -> Any:  # transforme
     "The configuration as transformers wants it."
     from transformers import DetrConfig, ResNetConfig
 
-    c, timm = config, {"model_type": "timm_backbone", "features_only": True, "out_indices": [1, 2, 3, 4]}
+    c = config
+    timm = {"model_type": "timm_backbone", "features_only": True, "out_indices": [1, 2, 3, 4]}
     if c.backbone == "resnet":
         sizes = {"embedding_size": c.stem, "hidden_sizes": list(c.widths), "depths": list(c.depths)}
         backbone = ResNetConfig(layer_type=c.block, out_features=["stage4"], **sizes)
@@ -89,7 +90,8 @@ class DETROutputs(Outputs):
 class DETR(DetectionModel):
     "A detection transformer with learned queries."
 
-    losses, main_terms = ("ce",), ("ce", "l1", "giou")
+    losses = ("ce",)
+    main_terms = ("ce", "l1", "giou")
     class_heads = ("network.class_labels_classifier.",)
     parts = ("network.model.backbone", "network.model.encoder", "network.model.decoder")
 
@@ -214,7 +216,8 @@ def match_layers(
     host = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
     if not np.isfinite(host).all():
         raise FloatingPointError("a matching cost is not finite")
-    pairs, ends = [], np.cumsum([cost.numel() for cost in costs])[:-1]
+    pairs = []
+    ends = np.cumsum([cost.numel() for cost in costs])[:-1]
     for part, box in zip(np.split(host, ends), wanted):
         planes = part.reshape(len(boxes), boxes.shape[2], len(box))
         found = [linear_sum_assignment(plane) for plane in planes]
@@ -237,7 +240,8 @@ def sum_losses(
     l1, giou = boxes.sum((1, 2, 3)) * 0, boxes.sum((1, 2, 3)) * 0
     for image, (layer, query, obj) in enumerate(match_layers(logits, boxes, labels, wanted)):
         classes[layer, image, query] = labels[image][obj]
-        found, box = boxes[layer, image, query], wanted[image][obj]
+        found = boxes[layer, image, query]
+        box = wanted[image][obj]
         l1 = l1.index_add(0, layer, (found - box).abs().sum(-1))
         giou = giou.index_add(0, layer, 1 - paired_giou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(box)))
     weight = torch.where(classes == none, torch.where(skip, 0.0, NO_OBJECT), 1.0)
@@ -264,7 +268,8 @@ def loss(
     own = self.loss_counts(targets)
     objects = max(1.0, own["num_boxes"]) if num_boxes is None else num_boxes
     total = own["weights"] if weights is None else weights
-    labels, wanted = [t.labels for t in targets], [t.boxes / s for t, s in zip(targets, outputs.share)]
+    labels = [t.labels for t in targets]
+    wanted = [t.boxes / s for t, s in zip(targets, outputs.share)]
     skip = ignored(outputs.layer_boxes * outputs.share[:, None], targets)
     parts = sum_losses(outputs.layer_logits, outputs.layer_boxes, labels, wanted, skip)
     scaled = [part * scale for part, scale in zip(parts, (1 / total, 5 / objects, 2 / objects))]

@@ -66,10 +66,12 @@ def compose_1x1(
     bias: Tensor | None = None,
 ) -> nn.Conv2d:
     "Both as one 1x1 convolution; computed in double precision."
-    inner, outer = first.weight.double()[..., 0, 0], weight.double()
+    inner = first.weight.double()[..., 0, 0]
+    outer = weight.double()
     shift = outer @ first.bias.double() + (0 if bias is None else bias.double())
     conv = nn.Conv2d(inner.shape[1], len(outer), 1)
-    conv.weight.data, conv.bias.data = (outer @ inner)[..., None, None].to(first.weight), shift.to(first.weight)
+    conv.weight.data = (outer @ inner)[..., None, None].to(first.weight)
+    conv.bias.data = shift.to(first.weight)
     return conv.to(first.weight.device)
 
 
@@ -83,13 +85,16 @@ class FusedCsp(nn.Module):
     ):
         super().__init__()
         both = [csp.deep[0][0], csp.short[0]]
-        weight, bias = torch.cat([c.weight for c in both])[..., 0, 0], torch.cat([c.bias for c in both])
+        weight = torch.cat([c.weight for c in both])[..., 0, 0]
+        bias = torch.cat([c.bias for c in both])
         x, beside = weight.chunk(2, 1)
         like = nn.Conv2d(x.shape[1], x.shape[1], 1).to(weight)
         nn.init.eye_(like.weight.data[..., 0, 0]), nn.init.zeros_(like.bias)  # dirac_ writes number by number
         self.first = nn.Sequential(compose_1x1(like, x), nn.Identity())
         self.second = nn.Sequential(compose_1x1(project or like, beside, bias), nn.Identity())
-        self.activation, self.deep, self.out = csp.short[1], csp.deep[1:], csp.out
+        self.activation = csp.short[1]
+        self.deep = csp.deep[1:]
+        self.out = csp.out
 
     def forward(self, x: Tensor, beside: Tensor) -> Tensor:
         x, beside = self.first(x), self.second(beside)
@@ -168,16 +173,20 @@ class PackedConv(nn.Module):
         weight = self.weight_for(x)
         return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.where, self.post, [], "")
 
-
+# %% ../../nbs/40_models/24_fuse.ipynb #3377dfab
 class PackedBlock(nn.Module):
     "A residual block of ResNet: the last convolution adds the shortcut and activates."
 
     def __init__(self, block: BasicBlock):  # Its parts packed already
         super().__init__()
-        self.branch, self.last, self.shortcut = block.branch[:-1], block.branch[-1], block.shortcut
+        self.branch = block.branch[:-1]
+        self.last = block.branch[-1]
+        self.shortcut = block.shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        inside, aside, conv = self.branch(x), self.shortcut(x), self.last
+        inside = self.branch(x)
+        aside = self.shortcut(x)
+        conv = self.last
         weight = conv.weight_for(inside)
         return torch.ops.mkldnn._convolution_pointwise.binary(
             inside, aside, weight, conv.bias, *conv.where, "add", 1.0, "relu", [], ""
@@ -215,7 +224,8 @@ def fuse(
     model = copy.deepcopy(self).eval().requires_grad_(False)
     model.decoder_layers = layers or self.decoder_layers
     fuse_norms(model)
-    decoder, last = model.decoder, model.decoder_layers - 1
+    decoder = model.decoder
+    last = model.decoder_layers - 1
     decoder.layers, decoder.box = decoder.layers[: last + 1], decoder.box[: last + 1]
     decoder.score = nn.ModuleList([nn.Identity()] * last + [decoder.score[last]])
     decoder.denoising_class = nn.Identity()

@@ -55,7 +55,8 @@ class HgBlock(nn.Module):
         layers: int = 6,
     ):
         super().__init__()
-        self.residual, self.layers = residual, nn.ModuleList()
+        self.residual = residual
+        self.layers = nn.ModuleList()
         for width in [in_channels] + [inner] * (layers - 1):
             self.layers.append(
                 light_layer(width, inner, kernel) if light else ConvNorm(width, inner, kernel, 1, "relu")
@@ -116,7 +117,8 @@ class HGNetV2(nn.Module):
     ):
         super().__init__()
         self.stem = HgStem(*stem)
-        self.stages, in_channels = nn.ModuleList(), stem[1]
+        self.stages = nn.ModuleList()
+        in_channels = stem[1]
         count = (4, 8, 16, 32).index(max(strides)) + 1
         for number, (width, depth, out_channels) in enumerate(zip(inner[:count], blocks, widths)):
             deep = number >= 2  # large kernels, light layers
@@ -124,12 +126,14 @@ class HGNetV2(nn.Module):
                 HgStage(in_channels, width, out_channels, depth, 5 if deep else 3, deep, halve=number > 0)
             )
             in_channels = out_channels
-        self.wanted, self.strides = [(4, 8, 16, 32).index(s) for s in strides], list(strides)
+        self.wanted = [(4, 8, 16, 32).index(s) for s in strides]
+        self.strides = list(strides)
         self.channels = [widths[i] for i in self.wanted]
         self.grad_checkpointing = False
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
-        x, maps = self.stem(x), []
+        x = self.stem(x)
+        maps = []
         for stage in self.stages:
             x = checkpointed(stage, x, on=self.grad_checkpointing)
             maps.append(x)

@@ -110,7 +110,8 @@ def _body(record: dict, name: str, licence: str | None) -> str:
     message = (
         f"The owner says: {licence}." if licence else "Not stated. Its owner says it by `license:` in the header."
     )
-    data, mark = record.get("data") or "not recorded", record.get("fingerprint")
+    data = record.get("data") or "not recorded"
+    mark = record.get("fingerprint")
     parts = {
         "How to load it": f"```python\nfrom neo_nb.models import from_pretrained\n\n"
         f"model, record = from_pretrained({name!r})\n```",

@@ -64,7 +64,8 @@ class ConvNorm(nn.Sequential):
             return activate(_PackedGradient.apply(norm(conv(x))))
         # statistics that stand still scale the kernel: cheaper than scaling, and keeping, every map
         factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        weight, bias = conv.weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
+        weight = conv.weight * factor[:, None, None, None]
+        bias = norm.bias - norm.running_mean * factor
         return activate(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
 
 # %% ../../nbs/40_models/00_layers.ipynb #5ec9fc63
@@ -202,7 +203,9 @@ class DeformableAttention(nn.Module):
         super().__init__()
         if sampling not in ("bilinear", "discrete"):
             raise InputError(f"sampling is bilinear or discrete, found {sampling!r}")
-        self.heads, self.points, self.sampling = heads, tuple(points), sampling
+        self.heads = heads
+        self.points = tuple(points)
+        self.sampling = sampling
         self.offsets = nn.Linear(channels, heads * sum(points) * 2)
         self.weights = nn.Linear(channels, heads * sum(points))
         self.value, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
@@ -236,7 +239,8 @@ def forward(
     shapes: list[tuple[int, int]],  # (height, width) of each level
     valid: Bool[Tensor, "b t"] | None = None,  # False in the padding, whose values are taken as 0
 ) -> Float[Tensor, "b q d"]:
-    maps, places = self.values(memory, shapes, valid), self.places(query, reference)
+    maps = self.values(memory, shapes, valid)
+    places = self.places(query, reference)
     weights = self.weights(query).unflatten(-1, (self.heads, -1)).float().softmax(-1)
     sampler = nearest_tokens if self.sampling == "discrete" else bilinear
     return self.out(sample(maps, places, weights, self.points, sampler).to(query.dtype))

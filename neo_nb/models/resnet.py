@@ -76,7 +76,8 @@ class ResNetVd(nn.Module):
             ConvNorm(half, stem, 3, 1, "relu"),
             nn.MaxPool2d(3, 2, 1),
         )
-        self.stages, in_channels = nn.ModuleList(), stem
+        self.stages = nn.ModuleList()
+        in_channels = stem
         count = (4, 8, 16, 32).index(max(strides)) + 1  # later stages would never be seen
         for number, (depth, width) in enumerate(zip(depths[:count], widths)):
             blocks = []
@@ -84,12 +85,14 @@ class ResNetVd(nn.Module):
                 blocks.append(block(in_channels, width, 2 if number and i == 0 else 1, first=i == 0))
                 in_channels = width * block.expansion
             self.stages.append(nn.Sequential(*blocks))
-        self.wanted, self.strides = [(4, 8, 16, 32).index(s) for s in strides], list(strides)
+        self.wanted = [(4, 8, 16, 32).index(s) for s in strides]
+        self.strides = list(strides)
         self.channels = [widths[i] * block.expansion for i in self.wanted]
         self.grad_checkpointing = False  # compute a stage's inside again in the backward pass
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
-        x, maps = self.stem(x), []
+        x = self.stem(x)
+        maps = []
         for stage in self.stages:
             x = checkpointed(stage, x, on=self.grad_checkpointing)
             maps.append(x)

@@ -40,7 +40,7 @@ PACKAGES: dict[str, WeightsPackage] = {  # timm's name → where its weights are
     ),
 }
 
-
+# %% ../../nbs/40_models/04_timm_backbone.ipynb #284a89ef
 def packaged_file(
     name: str,  # A timm model
 ) -> Path:
@@ -94,7 +94,7 @@ def read_timm_weights(
         raise InputError(what, source, "give the file that belongs to this backbone")
     return {key: x for key, x in found.items() if not key.startswith(heads)}
 
-
+# %% ../../nbs/40_models/04_timm_backbone.ipynb #b2123cc3
 def make_timm(
     name: str,  # A timm model
     pretrained: str | None = None,  # "hub", "package" or a file; fresh weights when None

@@ -69,7 +69,8 @@ def _hgnet(name: str) -> tuple[Any, list[int]]:
     "transformers' configuration of an HGNetv2, and the width of its stages."
     from transformers import HGNetV2Config
 
-    row, widths = HGNETS[name], [128, 512, 1024, 2048]
+    row = HGNETS[name]
+    widths = [128, 512, 1024, 2048]
     sizes = {
         "stem_channels": [3, *row["stem"]],
         "stage_in_channels": [row["stem"][1], *widths[:-1]],
@@ -121,7 +122,9 @@ class TransformersDetector(RTDETR):
         nn.Module.__init__(self)
         from transformers import RTDetrForObjectDetection, RTDetrV2ForObjectDetection
 
-        self.config, self.num_classes, self.num_queries = config, num_classes, config.num_queries
+        self.config = config
+        self.num_classes = num_classes
+        self.num_queries = config.num_queries
         theirs = reference_config(config, num_classes, kind)
         classes = {"rt_detr": RTDetrForObjectDetection, "rt_detr_v2": RTDetrV2ForObjectDetection}
         with warnings.catch_warnings():
@@ -134,7 +137,9 @@ class TransformersDetector(RTDETR):
             network.model.decoder.__dict__[name] = getattr(network, name)
             del network.model.decoder._modules[name]
         self.peer = network
-        self.preprocessing, self.model_name, self.size = Preprocessing(), kind, None
+        self.preprocessing = Preprocessing()
+        self.model_name = kind
+        self.size = None
         self.class_names = tuple(f"class_{i}" for i in range(num_classes))
         self.category_ids = tuple(range(1, num_classes + 1))
 

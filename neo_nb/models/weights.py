@@ -210,7 +210,8 @@ def _load_external(path: str | Path, class_names: Sequence[str] | None, device) 
     own = model.state_dict()
     tensors |= {k: own[k] for k in own if k.endswith("num_batches_tracked") and k not in tensors}
     load_strictly(model, tensors, path)
-    model.size, model.preprocessing = found.size, replace(model.preprocessing, **found.preprocessing)
+    model.size = found.size
+    model.preprocessing = replace(model.preprocessing, **found.preprocessing)
     return model.to(device).eval(), model_record(model) | {"source": str(path), "unnamed": unnamed}
 
 # %% ../../nbs/40_models/22_weights.ipynb #2a3dc870
@@ -290,7 +291,8 @@ def match_classes(
         return "fresh", {}
     place = {name: label for label, name in enumerate(theirs or ())}
     named = {label: place[name] for label, name in enumerate(names) if name in place}
-    position, equal = dict(enumerate(range(len(names)))), len(names) == count
+    position = dict(enumerate(range(len(names))))
+    equal = len(names) == count
     silent = is_placeholder(names) or is_placeholder(theirs)
     if theirs is not None and list(names) == list(theirs):
         return "the same", position
@@ -309,7 +311,8 @@ def _no_match(names: Sequence[str], theirs: Sequence[str] | None, count: int, na
     def some(words: Sequence[str]) -> str:
         return ", ".join(words[:5]) + ", …" * (len(words) > 5)
 
-    fit, rest = [n for i, n in enumerate(names) if i in named], [n for i, n in enumerate(names) if i not in named]
+    fit = [n for i, n in enumerate(names) if i in named]
+    rest = [n for i, n in enumerate(names) if i not in named]
     message = f"without names ({count} of them)" if theirs is None else f"{some(theirs)} ({count})"
     what = f"its classes are {message}, the model's {some(names)} ({len(names)}): "
     what += f"{len(fit)} fit by name ({some(fit)}), {len(rest)} do not ({some(rest)})" if fit else "none fits by name"
@@ -328,23 +331,26 @@ def load_weights(
     path = _inside(path)
     tensors, names, theirs, contract = _source(path, model)
     words, rows = match_classes(model.class_names, names, model.count_classes(tensors), classes, path)
-    own, placed, by_class, part = model.state_dict(), 0, [], []
-    whole = words in ("the same", "by position")
+    own = model.state_dict()
+    by_row = () if words in ("the same", "by position") else model.class_heads
+    taken = {key: "none" for key in own.keys() | tensors.keys()}  # "all", "part", "by class" or "none" of each tensor
     for key in own.keys() & tensors.keys():
-        if key.startswith(model.class_heads) and not whole:
-            by_class += [key] * _by_class(own[key], tensors[key], rows, model.num_classes)
-            continue
-        taken = model.take_tensor(key, own[key], tensors[key], theirs)
-        placed, part = placed + (taken == "all"), part + [key] * (taken == "part")
-    if not placed:
+        if not key.startswith(by_row):
+            taken[key] = model.take_tensor(key, own[key], tensors[key], theirs)
+        elif _by_class(own[key], tensors[key], rows, model.num_classes):
+            taken[key] = "by class"
+    of = {
+        how: [key for key, found in sorted(taken.items()) if found == how]
+        for how in ("all", "by class", "part", "none")
+    }
+    if not of["all"]:
         raise InputError(f"no tensor of it fits {model.model_name}", path, "start from weights of the same model")
-    fits = {k for k in own.keys() & tensors.keys() if own[k].shape == tensors[k].shape or k in (*by_class, *part)}
-    fits -= {k for k in own if k.startswith(model.class_heads) and not whole and k not in by_class}
-    missing = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]  # frozen norms have none
-    found = (tuple(sorted(x)) for x in (by_class, part, missing, (k for k in tensors if k not in fits)))
+    missing = [k for k in of["none"] if k in own and not k.endswith("num_batches_tracked")]  # frozen norms have none
+    unused = [key for key in of["none"] if key in tensors]
     fresh = tuple(f"{label} {name}" for label, name in enumerate(model.class_names) if label not in rows)
-    adopted = "" if any(k.startswith("backbone.") for k in missing) else _adopt(model, contract)
-    return WeightsReport(str(path), placed, *found, words, fresh, adopted)
+    adopted = "" if any(key.startswith("backbone.") for key in missing) else _adopt(model, contract)
+    found = map(tuple, (of["by class"], of["part"], missing, unused))
+    return WeightsReport(str(path), len(of["all"]), *found, words, fresh, adopted)
 
 # %% ../../nbs/40_models/22_weights.ipynb #d2e13878
 def _source(path: Path, model: DetectionModel) -> tuple[dict[str, Tensor], list[str] | None, Any, Preprocessing]:
@@ -358,7 +364,8 @@ def _source(path: Path, model: DetectionModel) -> tuple[dict[str, Tensor], list[
             read_preprocessing(record, path, model.preprocessing),
         )
     found = read_external(path)
-    count, names = _classes(found.variant, found.tensors), found.class_names
+    count = _classes(found.variant, found.tensors)
+    names = found.class_names
     if names is not None and len(names) != count:
         raise InputError(f"names {len(names)} classes and has {count}", path, "correct its id2label")
     return found.tensors, names, found.config, model.preprocessing
@@ -367,7 +374,8 @@ def _source(path: Path, model: DetectionModel) -> tuple[dict[str, Tensor], list[
 def _adopt(model: DetectionModel, contract: Preprocessing) -> str:
     "What the weights are used to becomes the model's, besides its divisor; said in words where it was something else."
     contract = replace(contract, divisor=model.preprocessing.divisor)
-    old, new = asdict(model.preprocessing), asdict(contract)
+    old = asdict(model.preprocessing)
+    new = asdict(contract)
     model.preprocessing = contract
     return ", ".join(f"{key} {new[key]} instead of {old[key]}" for key in new if new[key] != old[key])
 

@@ -61,7 +61,8 @@ def create_model(
     **overrides: object,  # Fields of the variant's configuration, such as num_queries=100
 ) -> DetectionModel:
     "A detector with fresh weights. Raises `InputError` for unknown names."
-    family, config = family_of(name), VARIANTS[check_choice(name, VARIANTS, "model")]
+    family = family_of(name)
+    config = VARIANTS[check_choice(name, VARIANTS, "model")]
     for key in overrides:
         check_choice(key, [f.name for f in fields(config)], f"setting of {name}")
     if num_classes is None and class_names is None:

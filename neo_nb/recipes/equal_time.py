@@ -105,8 +105,12 @@ class TimedTrainer(Trainer):
         evaluations: int = 8,  # At even intervals; the last one at the end
     ) -> list[dict[str, Any]]:  # updates, cpu_minutes, AP, AP50, loss of each evaluation
         "Train for a time, evaluating on the way."
-        total, spent, start, rows = 60 * minutes, 0.0, 0.0, []
-        batches, at = self._batches(), self.progress
+        total = 60 * minutes
+        spent = 0.0
+        start = 0.0
+        rows = []
+        batches = self._batches()
+        at = self.progress
         self.model.train()
         while spent < total:
             begin = time.process_time()
@@ -152,7 +156,8 @@ def _plan(self: TimedTrainer, pace: float, left: float) -> None:
 def _score(self: TimedTrainer) -> dict[str, float]:
     "What the averaged weights are worth now, and the mean loss since the last time."
     metrics = evaluate(self.predict(self.val_table), self.val_table, max_dets=self.config.max_dets)
-    loss, self.sums = self.sums["loss"] / self.sums["updates"], {}
+    loss = self.sums["loss"] / self.sums["updates"]
+    self.sums = {}
     return {"AP": metrics["AP"], "AP50": metrics["AP50"], "loss": loss}
 
 # %% ../../nbs/80_recipes/00_equal_time.ipynb #2424ee58
@@ -217,7 +222,8 @@ def equal_time(
     settings: Mapping[str, Any] | None = None,  # Fields of `TrainConfig` that all have in common
 ) -> "pd.DataFrame":  # competitor, seed, updates, cpu_minutes, AP, AP50, loss: a row an evaluation
     "Train every competitor with every seed; the rows are in `equal_time.csv` too."
-    rows, folder = [get_variant(entry) for entry in competitors], Path(folder)
+    rows = [get_variant(entry) for entry in competitors]
+    folder = Path(folder)
     if minutes <= 0 or evaluations < 1 or jobs < 1:
         raise InputError(f"expected minutes > 0, evaluations ≥ 1, jobs ≥ 1; found {minutes}, {evaluations}, {jobs}")
     _check(rows, settings or {})
@@ -335,7 +341,8 @@ def final(
     against = against or frame.competitor.iloc[0]
     rows = {}
     for name in frame.competitor.unique():
-        own, gap = scores[name].dropna(), (scores[name] - scores[against]).dropna()
+        own = scores[name].dropna()
+        gap = (scores[name] - scores[against]).dropna()
         rows[name] = {"seeds": len(own), f"{metric} mean": own.mean(), "sd": own.std()}
         if name != against and len(gap):
             half = t.ppf(0.975, len(gap) - 1) * gap.std() / len(gap) ** 0.5 if len(gap) > 1 else float("nan")

@@ -51,8 +51,10 @@ def build_pool(
 ) -> MiningPool:
     "The images to look through, and those that must not be mined. Raises `InputError` for a golden split."
     require_trainable_split(split)
-    manifest, table = load_manifest(data), load_dataset(data, split)
-    own, counts = len(table), {"images of the split": len(table)}
+    manifest = load_manifest(data)
+    table = load_dataset(data, split)
+    own = len(table)
+    counts = {"images of the split": len(table)}
     if images is not None:
         there = {os.path.realpath(table.root / name) for name in table.file_names.tolist()}
         files = [file for file in find_images([images]) if os.path.realpath(file) not in there]
@@ -138,7 +140,8 @@ def cases_of(chosen: Any, detections: Any) -> dict[str, list]:  # For `save_gall
 def free_name(data: str | Path) -> tuple[str, int]:  # Such as "logos-mined-2", and the number
     "The name of the next round."
     base = re.sub(r"-mined-\d+$", "", Path(data).stem)
-    folder, number = workspace_root() / "data_manifests", 1
+    folder = workspace_root() / "data_manifests"
+    number = 1
     while (folder / f"{base}-mined-{number}.yaml").exists():
         number += 1
     return f"{base}-mined-{number}", number
@@ -179,7 +182,8 @@ def write_round(
 # %% ../../nbs/80_recipes/01_mine_round.ipynb #e3178fd0
 def _merge_rounds(ground: MiningPool, chosen: Any, known: Any) -> tuple[list[tuple], list[Any]]:
     "Weights by image id and backgrounds, this round's and those before; what is refused now is no longer hard."
-    table, ids = ground.table, ground.table.image_ids.tolist()
+    table = ground.table
+    ids = ground.table.image_ids.tolist()
     refused = np.logical_or.reduce(list(ground.refused.values()))
     weights = np.where(refused, 1, np.maximum(table.weights, chosen.weights))
     gone = {ids[row] for row in np.flatnonzero(refused)}
@@ -192,7 +196,8 @@ def _merge_rounds(ground: MiningPool, chosen: Any, known: Any) -> tuple[list[tup
 # %% ../../nbs/80_recipes/01_mine_round.ipynb #f76f8139
 def _background(table: Any, row: int) -> Any:
     "An image of the folder, named from the setting `data` where it lies below it."
-    known, base = table[row], Path(settings()["data"]).resolve()
+    known = table[row]
+    base = Path(settings()["data"]).resolve()
     file = Path(os.path.realpath(known.path))
     inside = file.is_relative_to(base)
     return Background(id=known.image_id, file=str(file.relative_to(base) if inside else file), size=known.size)
@@ -200,7 +205,8 @@ def _background(table: Any, row: int) -> Any:
 
 def _negatives(table: Any, detections: Any, chosen: Any, always: Any) -> list[Any]:
     "Where each came from."
-    d, ids = detections, table.image_ids.tolist()
+    d = detections
+    ids = table.image_ids.tolist()
     found = [
         Negative(image=ids[d.image_index[i]], kind=KINDS[kind], label=d.class_names[d.labels[i]],
                  score=round(float(d.scores[i]), 4), box=np.round(d.boxes_xyxy[i], 1).tolist(), alike=int(alike))

@@ -128,7 +128,8 @@ def swap_empty(
     easy: Any,  # n, bool: tiles without one that were trained on before
 ) -> Any:  # n, float32: how often each is drawn; 0: never
     "As many draws without an object as before, hard ones first."
-    room, hard = easy.sum(), np.where(~has & (weights > 1), weights, 0)
+    room = easy.sum()
+    hard = np.where(~has & (weights > 1), weights, 0)
     left = max(0, room - hard.sum()) / max(room, 1)
     hard = hard * min(1, room / max(hard.sum(), 1))
     return np.where(has, weights, hard + easy * left).astype(np.float32)
@@ -141,13 +142,15 @@ def mine_tiles(
     folder: Path,
 ) -> tuple[Any, dict[str, int]]:  # Annotations: what to train on; what was found
     "The training tiles, with those of confident errors in the place of easy ones."
-    images, table = build_pool(recipe.data, "train"), tiles_of(recipe, "train", folder, more=True)
+    images = build_pool(recipe.data, "train")
+    table = tiles_of(recipe, "train", folder, more=True)
     row = {str(name): i for i, name in enumerate(images.table.image_ids.tolist())}
     of = np.array([row[parse_tile_id(str(tile))[0]] for tile in table.image_ids])
     refused = {reason: mask[of] for reason, mask in images.refused.items()}
     ground = MiningPool(table, len(table), refused, images.always[of], {"tiles": len(table)})
     _, chosen = choose_from(detector, ground, threshold, progress=False)
-    has, before = _with_object(table), np.isin(table.image_ids, tiles_of(recipe, "train", folder).image_ids)
+    has = _with_object(table)
+    before = np.isin(table.image_ids, tiles_of(recipe, "train", folder).image_ids)
     weights = swap_empty(chosen.weights, has, before & ~has)
     hard = {"hard tiles without an object": int((~has & (chosen.weights > 1)).sum())}
     hard |= {
@@ -184,7 +187,8 @@ def paces(
     folder: str | Path,  # Of all steps; what was measured there is read
 ) -> dict[str, float]:  # Seconds per update, by kind of training
     "How long an update takes, of every kind of training side by side."
-    path, asked = Path(folder) / "paces.json", json.loads(json.dumps(asdict(recipe)))
+    path = Path(folder) / "paces.json"
+    asked = json.loads(json.dumps(asdict(recipe)))
     known = json.loads(path.read_text()) if path.is_file() else {}
     seconds = known["seconds"] if known.get("recipe") == asked else {}
     turns, times = {}, {}
@@ -193,7 +197,8 @@ def paces(
         if kind not in seconds and kind not in turns:
             table = tiles_of(recipe, "train", Path(folder)) if step.tiled else load_dataset(recipe.data, "train")
             start = replace(step, after="")  # an update of new weights takes as long
-            turns[kind], times[kind] = _updates(recipe.config(start, 0, Path(folder)), table), []
+            turns[kind] = _updates(recipe.config(start, 0, Path(folder)), table)
+            times[kind] = []
     for _ in range(TIMED):
         for kind, turn in turns.items():
             times[kind].append(next(turn))
@@ -263,7 +268,8 @@ def run_step(
         if known["asked"] != asked:
             raise InputError("made by another recipe", own, "choose another run")
         return known["row"]
-    config, found = recipe.config(step, seed, folder), {}
+    config = recipe.config(step, seed, folder)
+    found = {}
     table, val = _tables(recipe, step, seed, folder, found)
     pace = paces(recipe, [step], folder)[_kind(step)]
     planned, updates = plan(config, table, recipe.minutes, pace)

@@ -41,7 +41,8 @@ def verdicts(
     rows: "pd.DataFrame",  # From `run_step`
 ) -> list[str]:  # A line per step that can be judged
     "What each step brought, held against the step that had the same start and the same time."
-    scores, lines = rows.pivot(index="seed", columns="step", values="F1"), []
+    scores = rows.pivot(index="seed", columns="step", values="F1")
+    lines = []
     areas = rows.pivot(index="seed", columns="step", values="AP50")
 
     def change(name: str, against: str) -> str:

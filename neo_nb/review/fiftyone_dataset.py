@@ -128,7 +128,8 @@ def _set_tags(dataset: Any, tagged: Sequence[Mapping[str, Any]]) -> int:
     from fiftyone import ViewField as F
 
     wanted = dataset.match(F("image_id").is_in([one["image_id"] for one in tagged]))
-    owners, lost = {sample["image_id"]: sample for sample in wanted}, 0
+    owners = {sample["image_id"]: sample for sample in wanted}
+    lost = 0
     for one in tagged:
         sample = owners.get(one["image_id"])
         boxes = [] if sample is None or one["source"] == "image" else sample[one["source"]].detections

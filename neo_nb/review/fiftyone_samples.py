@@ -9,7 +9,6 @@ __all__ = ['BLOCK', 'Findings', 'find_all', 'write_documents', 'register_evaluat
 
 # %% ../../nbs/55_review/03_fiftyone_samples.ipynb #3fb1ac02
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -37,7 +36,8 @@ class Findings:
 
     @cached_property
     def finder(self) -> np.ndarray:  # n, int64: the detection that found each object; -1: none
-        finder, right = np.full(len(self.annotations.labels), -1), np.flatnonzero(self.errors.kind == IS_RIGHT)
+        finder = np.full(len(self.annotations.labels), -1)
+        right = np.flatnonzero(self.errors.kind == IS_RIGHT)
         finder[self.errors.truth[right]] = right
         return finder
 
@@ -69,8 +69,19 @@ def _shares(boxes: np.ndarray, size: np.ndarray) -> list[list[float]]:
 
 def _bucket(areas: np.ndarray) -> list[str]:
     "The name of each area's size."
-    names, bounds = np.array(list(BUCKETS)), [low for low, _ in BUCKETS.values()]
+    names = np.array(list(BUCKETS))
+    bounds = [low for low, _ in BUCKETS.values()]
     return names[np.searchsorted(bounds, areas, side="right") - 1].tolist()
+
+
+def _true_or_none(values: np.ndarray) -> list[bool | None]:
+    "FiftyOne shows a field where it is set: true, or nothing."
+    return [value or None for value in values.tolist()]
+
+
+def _by_row(columns: dict[str, list]) -> list[dict[str, Any]]:
+    "A dictionary for each box."
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def _known(values: np.ndarray) -> list[float | None]:
@@ -85,32 +96,53 @@ _FOUND = {"label": "-", "bounding_box": [0.0] * 4, "confidence": 0.0, "kind": "-
           "size": "-", "row": 0, "possible_missing": True, "eval": "-", "eval_id": "-", "eval_iou": 0.0}  # fmt: skip
 
 
-def _objects(f: Findings, image: int, rows: np.ndarray, matches: list) -> Iterator[dict[str, Any]]:
+def _objects(f: Findings, image: int, rows: np.ndarray, matches: list) -> list[dict[str, Any]]:
     "Attributes of an image's objects; `matches`: id and overlap of the detection that found each."
-    t, crowd = f.annotations, f.annotations.iscrowd[rows]
-    areas, found = t.areas[rows].astype(float), f.errors.found[rows]
+    t = f.annotations
+    crowd = f.annotations.iscrowd[rows]
+    areas = t.areas[rows].astype(float)
+    found = f.errors.found[rows]
     fate = np.select([crowd, found, f.errors.touched[rows]], ["ignore region", "found", "touched"], "missed")
     verdict = np.select([crowd, found], ["", "tp"], "fn")
-    columns = zip(t.labels[rows].tolist(), _shares(t.boxes_xyxy[rows], t.sizes[image]), crowd.tolist(), areas.tolist(),
-                  _bucket(areas), fate.tolist(), rows.tolist(), _known(f.doubts.label[rows]),
-                  _known(f.doubts.box[rows]), f.doubts.spurious[rows].tolist(), verdict.tolist(), matches)  # fmt: skip
-    for label, box, region, area, bucket, state, row, wrong, off, spurious, predicted, (other, iou) in columns:
-        yield {"label": t.class_names[label], "bounding_box": box, "iscrowd": region, "area": area,
-               "size": bucket, "fate": state, "row": row, "mistakenness": wrong, "mistakenness_loc": off,
-               "possible_spurious": spurious or None, "eval": predicted or None, "eval_id": other, "eval_iou": iou}  # fmt: skip
+    columns = {
+        "label": [t.class_names[label] for label in t.labels[rows]],
+        "bounding_box": _shares(t.boxes_xyxy[rows], t.sizes[image]),
+        "iscrowd": crowd.tolist(),
+        "area": areas.tolist(),
+        "size": _bucket(areas),
+        "fate": fate.tolist(),
+        "row": rows.tolist(),
+        "mistakenness": _known(f.doubts.label[rows]),
+        "mistakenness_loc": _known(f.doubts.box[rows]),
+        "possible_spurious": _true_or_none(f.doubts.spurious[rows]),
+        "eval": [str(said) or None for said in verdict],
+        "eval_id": [other for other, _ in matches],
+        "eval_iou": [iou for _, iou in matches],
+    }
+    return _by_row(columns)
 
-
-def _found(f: Findings, image: int, rows: np.ndarray, matches: list) -> Iterator[dict[str, Any]]:
+# %% ../../nbs/55_review/03_fiftyone_samples.ipynb #47299bc9
+def _found(f: Findings, image: int, rows: np.ndarray, matches: list) -> list[dict[str, Any]]:
     "Attributes of an image's detections that count; `matches`: id and overlap of the object that each found."
-    d, boxes = f.detections, f.detections.boxes_xyxy[rows]
+    d = f.detections
+    boxes = f.detections.boxes_xyxy[rows]
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1).astype(float)
-    columns = zip(d.labels[rows].tolist(), _shares(boxes, f.annotations.sizes[image]), d.scores[rows].tolist(),
-                  f.errors.kind[rows].tolist(), f.errors.iou[rows].astype(float).tolist(), areas.tolist(),
-                  _bucket(areas), rows.tolist(), f.doubts.missing[rows].tolist(), matches)  # fmt: skip
-    for label, box, score, kind, overlap, area, bucket, row, missing, (other, iou) in columns:
-        yield {"label": d.class_names[label], "bounding_box": box, "confidence": score, "kind": KINDS[kind],
-               "overlap": overlap, "area": area, "size": bucket, "row": row, "possible_missing": missing or None,
-               "eval": "tp" if kind == IS_RIGHT else "fp", "eval_id": other, "eval_iou": iou}  # fmt: skip
+    kind = f.errors.kind[rows]
+    columns = {
+        "label": [d.class_names[label] for label in d.labels[rows]],
+        "bounding_box": _shares(boxes, f.annotations.sizes[image]),
+        "confidence": d.scores[rows].tolist(),
+        "kind": [KINDS[number] for number in kind],
+        "overlap": f.errors.iou[rows].astype(float).tolist(),
+        "area": areas.tolist(),
+        "size": _bucket(areas),
+        "row": rows.tolist(),
+        "possible_missing": _true_or_none(f.doubts.missing[rows]),
+        "eval": np.where(kind == IS_RIGHT, "tp", "fp").tolist(),
+        "eval_id": [other for other, _ in matches],
+        "eval_iou": [iou for _, iou in matches],
+    }
+    return _by_row(columns)
 
 # %% ../../nbs/55_review/03_fiftyone_samples.ipynb #6ee6794b
 _IMAGE = {"row": 0, "f1": 0.0, "image_id": "-", "right": 0, "wrong": 0, "missed": 0, "errors": 0, "eval_tp": 0,
@@ -140,7 +172,10 @@ def _document(
     "An image with its boxes."
     from bson import ObjectId
 
-    t, d, e, nothing = f.annotations, f.detections, f.errors, ("", None)
+    t = f.annotations
+    d = f.detections
+    e = f.errors
+    nothing = ("", None)
     there, predicted = (np.arange(*table.offsets[row : row + 2]) for table in (t, d))
     predicted = predicted[e.kind[predicted] != NOT_COUNTED]
     own, theirs = [ObjectId() for _ in there], [ObjectId() for _ in predicted]
@@ -149,7 +184,8 @@ def _document(
     ]
     finds = [(str(own[i - t.offsets[row]]), float(iou)) if kind == IS_RIGHT else nothing
              for i, iou, kind in zip(e.truth[predicted], e.iou[predicted], e.kind[predicted])]  # fmt: skip
-    objects, found = list(_objects(f, row, there, finders)), list(_found(f, row, predicted, finds))
+    objects = _objects(f, row, there, finders)
+    found = _found(f, row, predicted, finds)
     matches = [(one["label"] if other else None, one["label"], iou, one["confidence"], other or None, str(id_))
                for one, id_, (other, iou) in zip(found, theirs, finds)]  # fmt: skip
     matches += [(one["label"], None, None, None, str(id_), None)
@@ -161,7 +197,8 @@ def _document(
 
 def _image(f: Findings, row: int, template: dict[str, Any]) -> dict[str, Any]:
     "What a document says of the image."
-    t, (right, wrong, missed) = f.annotations, f.counts[row].tolist()
+    t = f.annotations
+    right, wrong, missed = f.counts[row].tolist()
     worst, lacking, spurious = (column[row].item() for column in f.doubtful)
     height, width = t.sizes[row].tolist()
     total = 2 * right + wrong + missed
@@ -184,7 +221,9 @@ def write_documents(
     progress: bool = True,  # Show a bar
 ) -> list[tuple]:  # For `register_evaluation`: object's and detection's class, IoU, score, both ids
     "Write every image with its objects and the detections that count."
-    template, matches, count = _template(fo, dataset), [], len(findings.annotations)
+    template = _template(fo, dataset)
+    matches = []
+    count = len(findings.annotations)
     with tqdm(total=count, desc="FiftyOne", unit="image", leave=False, disable=not progress) as bar:
         for start in range(0, count, BLOCK):
             rows = range(start, min(start + BLOCK, count))

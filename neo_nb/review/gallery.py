@@ -46,7 +46,9 @@ def find_cases(
     wrong = wrong[np.argsort(-detections.scores[wrong], kind="stable")][:count]
     missed = np.flatnonzero(errors.missed)
     missed = missed[np.argsort(-annotations.areas[missed], kind="stable")][:count]
-    d, a, index = detections, annotations, annotations.image_index
+    d = detections
+    a = annotations
+    index = annotations.image_index
     return {
         "false_positives": [Case(KINDS[errors.kind[i]], int(d.image_index[i]), tuple(d.boxes_xyxy[i].tolist()),
                                  names[d.labels[i]], float(d.scores[i])) for i in wrong],
@@ -77,7 +79,8 @@ def draw_case(
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     shape = [max(1, round(length * scale)) for length in part.shape[1::-1]]
     part = cv2.resize(part, shape, interpolation=way)
-    truth, predicted = annotations.select([case.image]), detections.for_image(case.image)
+    truth = annotations.select([case.image])
+    predicted = detections.for_image(case.image)
     shift = np.array([left, top] * 2, np.float32)
     moved = Annotations(truth.image_ids, truth.file_names, truth.sizes, truth.offsets,
                         (truth.boxes_xyxy - shift) * scale, truth.labels, truth.class_names, truth.category_ids,
@@ -103,10 +106,13 @@ def save_gallery(
         raise InputError("a gallery's folder has only folders in it; this one has files", folder)
     shutil.rmtree(folder, ignore_errors=True)
     numbered = [(kind, i, case) for kind, rows in cases.items() for i, case in enumerate(rows)]
-    written, row, image = [], -1, None
+    written = []
+    row = -1
+    image = None
     for kind, number, case in sorted(numbered, key=lambda entry: entry[2].image):
         if case.image != row:
-            row, image = case.image, read_image(annotations[case.image].path)
+            row = case.image
+            image = read_image(annotations[case.image].path)
         photo = draw_case(image, case, detections, annotations, threshold)
         words = [f"{number:03d}", case.kind, case.label, f"{case.score:.2f}" if case.score >= 0 else "",
                  str(annotations.image_ids[case.image])]  # fmt: skip

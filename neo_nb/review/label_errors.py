@@ -36,7 +36,8 @@ class LabelErrors:
         annotations: Annotations,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # n float64, n int64, n int64
         "For each image the most doubtful class (-1: none), how many labels may be missing, how many spurious."
-        n, worst = len(annotations), np.full(len(annotations), -1.0)
+        n = len(annotations)
+        worst = np.full(len(annotations), -1.0)
         np.maximum.at(worst, annotations.image_index, self.label)
         pairs = (detections.image_index, self.missing), (annotations.image_index, self.spurious)
         return worst, *(np.bincount(image[mask], minlength=n) for image, mask in pairs)
@@ -53,12 +54,11 @@ def find_label_errors(
     pairs, some, there = any_class(detections, annotations, rows, iou_threshold)
     taken = match_greedy(pairs, some, there, (iou_threshold,))
     has = taken.truth[0] >= 0
-    at, truth = taken.detection[has], taken.truth[0][has]
+    at = taken.detection[has]
+    truth = taken.truth[0][has]
     predicted = rows[at]
-    scores, agrees = (
-        detections.scores[predicted].astype(np.float64),
-        detections.labels[predicted] == annotations.labels[truth],
-    )
+    scores = detections.scores[predicted].astype(np.float64)
+    agrees = detections.labels[predicted] == annotations.labels[truth]
     off = 1 - overlap_of(detections.boxes_xyxy[predicted], annotations.boxes_xyxy[truth]).astype(np.float64)
     label, box = np.full((2, len(annotations.labels)), -1.0)
     label[truth] = (1 + np.where(agrees, -scores, scores)) / 2

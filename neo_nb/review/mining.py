@@ -57,7 +57,8 @@ def deduplicate(
     "Leave one of each that look alike: the first."
     if not -1 <= similarity <= 1:
         raise InputError(f"a cosine is in -1..1, found {similarity}")
-    kept, like = np.zeros(0, np.int64), np.full(len(vectors), -1)
+    kept = np.zeros(0, np.int64)
+    like = np.full(len(vectors), -1)
     for start in range(0, len(vectors), block):
         some = vectors[start : start + block]
         if len(kept):
@@ -65,9 +66,11 @@ def deduplicate(
             like[start : start + block] = np.where(near.any(1), near.argmax(1), -1)
         free = start + np.flatnonzero(like[start : start + block] < 0)
         earlier = np.tril(vectors[free] @ vectors[free].T >= similarity, -1)
-        stays, before = np.ones(len(free), bool), None
+        stays = np.ones(len(free), bool)
+        before = None
         while before is None or (stays != before).any():
-            before, stays = stays, ~(earlier & stays).any(1)
+            before = stays
+            stays = ~(earlier & stays).any(1)
         like[free[stays]] = len(kept) + np.arange(stays.sum())
         gone = np.flatnonzero(~stays)
         if len(gone):

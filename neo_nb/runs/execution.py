@@ -42,7 +42,9 @@ class LiveOutput:
         stream: Any,  # A text stream; None shows nothing
         every: float = 15.0,  # Seconds after which a log is told of an unfinished line
     ):
-        self.stream, self.every, self.told = stream, every, time.monotonic()
+        self.stream = stream
+        self.every = every
+        self.told = time.monotonic()
         self.rest: dict[str, str] = {}  # Each of the kernel's streams has an unfinished line of its own
         self.live = stream is not None and stream.isatty()
 
@@ -65,7 +67,8 @@ class LiveOutput:
 
     def end(self) -> None:
         "Finish unfinished lines."
-        bars, self.rest = [line.strip("\r") for line in self.rest.values() if line.strip()], {}
+        bars = [line.strip("\r") for line in self.rest.values() if line.strip()]
+        self.rest = {}
         if bars:
             self._put("\n" if self.live else "\n".join(bars) + "\n")
 
@@ -138,7 +141,8 @@ class Client(PapermillNotebookClient):
         "Show a stream, and let it go on in the output that it continues."
         if msg["msg_type"] != "stream" or self.clear_before_next_output:
             return super().output(outs, msg, display_id, cell_index)
-        content, last = msg["content"], outs[-1] if outs else None
+        content = msg["content"]
+        last = outs[-1] if outs else None
         self.watch.screen.write(content["text"], content["name"])
         if last is None or last.output_type != "stream" or last.name != content["name"]:
             msg["content"] = content | {"text": collapse_progress(content["text"])}
@@ -166,7 +170,8 @@ def pass_signals(client: Client) -> Iterator[None]:
         process = client.km.provisioner if client.km and client.km.has_kernel else None
         if process is None:
             raise KeyboardInterrupt
-        again, client.watch.signal = client.watch.signal is not None, number
+        again = client.watch.signal is not None
+        client.watch.signal = number
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL if again else number)
 

@@ -75,8 +75,10 @@ def card_target(
     for row in _MACHINES:
         if row.card and re.search(row.card, card.name) and card.memory_gb >= row.memory_gb:
             return row
-    memory, (major, minor) = round(0.92 * card.memory_gb, 1), card.capability
-    batch, built = 16 if memory >= 72 else 8, f"SM{major}{minor}: see the other rows; built on the device"
+    memory = round(0.92 * card.memory_gb, 1)
+    major, minor = card.capability
+    batch = 16 if memory >= 72 else 8
+    built = f"SM{major}{minor}: see the other rows; built on the device"
     precision = card_precision(card.capability)
     return Target(
         name=name, title=str(card), precision=precision, global_batch=batch, num_workers=8, memory_gb=memory,
@@ -116,7 +118,7 @@ def choose_size(
     table: Any,  # `Annotations`: the images to train on
 ) -> tuple[int, int]:  # (height, width) of the content; the padding comes later
     "The input size for these images on this target."
-    from neo_nb.data.augment import size_for
+    from neo_nb.data.resize import size_for
 
     if target.max_side or not len(table):
         return size_for(table, target.max_side or SHORTEST)  # which says what is missing where there is no image
@@ -124,7 +126,8 @@ def choose_size(
     aspect = _median([width / height for height, width in pairs])
     area = _median([height * width for height, width in pairs])
     area *= min(1.0, (target.max_pixels or area) / area)
-    height, width = math.sqrt(area / aspect), math.sqrt(area * aspect)
+    height = math.sqrt(area / aspect)
+    width = math.sqrt(area * aspect)
     larger = max(1.0, SHORTEST / max(height, width))
     return max(1, round(height * larger)), max(1, round(width * larger))
 
@@ -181,7 +184,8 @@ def training_settings(
     precision = target.precision if precision == "auto" else precision
     size = tuple(asked.get("size") or choose_size(target, table))
     largest = max(asked.get("scales") or (1.0,))
-    seen, share = (math.ceil(size[0] * largest), math.ceil(size[1] * largest)), target.global_batch // processes
+    seen = (math.ceil(size[0] * largest), math.ceil(size[1] * largest))
+    share = target.global_batch // processes
     model = "" if asked.get("backbone") else asked.get("model", "rtdetr_nano")
     batch = asked.get("batch_size") or fit_batch(target.memory_gb, model, seen, precision, max(1, share))
     steps = max(1, round(target.global_batch / (batch * processes)))
@@ -195,7 +199,7 @@ def training_settings(
         "size": size,
     }
 
-
+# %% ../../nbs/70_runs/00_hardware.ipynb #1f7005a0
 def settings_line(
     target: Target,
     settings: Mapping[str, Any],  # From `training_settings`, or those of a `TrainConfig`

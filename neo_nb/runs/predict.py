@@ -81,7 +81,8 @@ def predict_files(
             load_detector(detector, device, precision=precision) if isinstance(detector, (str, Path)) else detector
         )
         if tile:
-            detector, batch_size = TiledDetector(detector, tile, overlap), 1
+            detector = TiledDetector(detector, tile, overlap)
+            batch_size = 1
         best = (detector.record.get("metrics") or {}).get("threshold", -1)
         if threshold is None:
             threshold = best if best > 0 else 0.3

@@ -172,7 +172,8 @@ def _export(run: Path) -> str:
         for kind in ("torch", "onnx")
     )
     head = "".join(f"<th>{n}</th>" for n in names)
-    word, mark = found.get("verdict", "passed" if found["passed"] else "failed"), "good" if found["passed"] else "bad"
+    word = found.get("verdict", "passed" if found["passed"] else "failed")
+    mark = "good" if found["passed"] else "bad"
     told = escape(found.get("told", "").partition(": ")[2])
     verdict = f'<p><b class="{mark}">{escape(word)}</b>{": " + told if told else ""}</p>'
     verdict += f"<p>AP differs by {found['difference']:.4f}.</p>"
@@ -210,13 +211,15 @@ def _rounds(known: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     after = [row["before"] for row in rounds[1:]] + [{"F1": metrics.get("F1"), "fingerprint": own}]
     lines = []
     for row, later in zip(rounds, after):
-        first, second = row["before"].get("F1"), later.get("F1")
+        first = row["before"].get("F1")
+        second = later.get("F1")
         if first is None or second is None:
             gain, mark = "-", ""
         elif row["before"].get("fingerprint") != later.get("fingerprint"):
             gain, mark = "another golden set", ""
         else:
-            gain, mark = f"{second - first:+.3f}", "good" if second > first else "bad"
+            gain = f"{second - first:+.3f}"
+            mark = "good" if second > first else "bad"
         names = ("round", "of", "run", "hard images", "negatives", "near duplicates")
         cells = [escape(str(row.get(name, ""))) for name in names] + [number_text(first), number_text(second)]
         lines.append("".join(f"<td>{c}</td>" for c in cells) + f'<td class="{mark}">{gain}</td>')
@@ -275,7 +278,8 @@ def write_report(
     ]
     status = known.get("status", "")
     started = known.get("started", "")[:16].replace("T", " ")
-    title, line = escape(run.name), escape(" · ".join(filter(None, (known.get("title", ""), started))))
+    title = escape(run.name)
+    line = escape(" · ".join(filter(None, (known.get("title", ""), started))))
     badge = f'<span class="status">{escape(status)}</span>' if status not in ("", "done", "running") else ""
     head = f"<header><div><h1>{title}{badge}</h1><p>{line}</p></div></header>"
     page = (

@@ -149,7 +149,8 @@ def save_analysis(
     metrics: Mapping[str, Any],  # From `evaluate`
 ) -> None:
     "Write what goes wrong: `analysis.json`, its plots, and `gallery/` with the worst cases."
-    run, found = Path(run), analysis.analyse(detections, annotations, metrics)
+    run = Path(run)
+    found = analysis.analyse(detections, annotations, metrics)
     with atomic_write(run / "analysis.json") as path:
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name in ("slices", "costs", "calibration"):

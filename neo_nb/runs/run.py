@@ -68,7 +68,8 @@ def open_run(
     "Find a run; raises `InputError` with the nearest names."
     if Path(name).is_dir():
         return Path(name)
-    reports, name = Path(reports or settings()["reports"]), str(name)
+    reports = Path(reports or settings()["reports"])
+    name = str(name)
     runs = {p.name: p for p in sorted(reports.glob("[0-9]*-*")) if p.is_dir()}
     found = [p for key, p in runs.items() if key == name or (name.isdigit() and _number(key) == int(name))]
     if not found:
@@ -114,7 +115,8 @@ def read_record(run: str | Path) -> dict:  # Empty when there is none
     except ValueError as error:
         raise InputError(f"not whole JSON ({error})", path) from error
     parameters = known.get("parameters", {})
-    here, once = str(Path(run).absolute()), parameters.pop("run", None)  # older records name their own place
+    here = str(Path(run).absolute())  # older records name their own place
+    once = parameters.pop("run", None)
     return _moved(known, _swap(_places(run) + [(once, here)] * bool(once)))
 
 
@@ -243,7 +245,9 @@ def _made(run: Path, output: Path) -> dict[str, tuple | None]:  # Path → when 
 @contextmanager
 def _settled(run: Path, output: Path, new: bool):
     "Write down how it ended; what ended before anything was made leaves no run, or the run that was there as it was."
-    start, before, file = time.time(), _made(run, output), run / "run.json"
+    start = time.time()
+    before = _made(run, output)
+    file = run / "run.json"
     known = file.read_bytes() if file.exists() else b""
     try:
         record(run, status="running", started=datetime.now().astimezone().isoformat(timespec="seconds"))
@@ -337,7 +341,8 @@ def execute(
     "Run a notebook into a run's folder; the table above says what is raised."
     from neo_nb.runs.execution import LiveOutput, RunMonitor
 
-    notebook, run = run_notebook(notebook), Path(run).absolute()
+    notebook = run_notebook(notebook)
+    run = Path(run).absolute()
     with _alone(run):
         output = _output(run, notebook.stem)
         with _settled(run, output, new):

@@ -58,7 +58,8 @@ def drawn_split(
 def _write(folder: Path, count: int, draw: Callable[[int], Drawing], class_names: tuple[str, ...], name: str) -> None:
     from tqdm import tqdm
 
-    rows, names = [], [f"{i:05d}.jpg" for i in range(count)]
+    rows = []
+    names = [f"{i:05d}.jpg" for i in range(count)]
     for i in tqdm(range(count), desc=f"drawing {name}", unit="image", leave=False):
         made = draw(i)
         with atomic_write(folder / "images" / names[i]) as path:
@@ -66,6 +67,7 @@ def _write(folder: Path, count: int, draw: Callable[[int], Drawing], class_names
         rows.append((made.boxes_xyxy, made.labels, made.iscrowd, made.image.shape[:2], made.tags))
     *parts, sizes, tags = map(list, zip(*rows))
     boxes, labels, iscrowd = map(np.concatenate, parts)
-    offsets, ids = np.cumsum([0, *map(len, parts[0])]), np.arange(1, count + 1)
+    offsets = np.cumsum([0, *map(len, parts[0])])
+    ids = np.arange(1, count + 1)
     more = {"iscrowd": iscrowd, "tags": tags, "name": name}
     save_annotations(Annotations(ids, names, sizes, offsets, boxes, labels, class_names, **more), folder / "table")

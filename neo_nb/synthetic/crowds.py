@@ -55,7 +55,8 @@ def _lines(rng: np.random.Generator, image: np.ndarray, level: int) -> None:
     "Joints of the ground, towards a vanishing point and across."
     height, width = image.shape[:2]
     shade = image[-1, 0] * rng.uniform(0.75, 1.2)
-    centre, thick = int(rng.uniform(0.2, 0.8) * width), max(1, height // 300)
+    centre = int(rng.uniform(0.2, 0.8) * width)
+    thick = max(1, height // 300)
     for x in np.linspace(-2 * width, 3 * width, int(rng.integers(8, 40))):
         cv2.line(image, (centre, level), (int(x), height), shade.tolist(), thick, cv2.LINE_AA)
     for depth in np.linspace(0.05, 1, int(rng.integers(4, 16))) ** 2:
@@ -67,11 +68,13 @@ def _blocks(rng: np.random.Generator, image: np.ndarray, level: int) -> None:
     "Houses, doors, windows or seats: rectangles in rows above the horizon."
     height, width = image.shape[:2]
     for _ in range(int(rng.integers(2, 9))):
-        x, w = int(rng.uniform(-0.1, 0.95) * width), int(rng.uniform(0.06, 0.3) * width)
+        x = int(rng.uniform(-0.1, 0.95) * width)
+        w = int(rng.uniform(0.06, 0.3) * width)
         top = int(level * rng.uniform(-0.2, 0.7))
         colour = rng.uniform(60, 200) + rng.normal(0, 20, 3)
         cv2.rectangle(image, (x, top), (x + w, level), colour.tolist(), -1)
-        step, pane = max(6, w // int(rng.integers(3, 8))), colour * rng.uniform(0.5, 1.4)
+        step = max(6, w // int(rng.integers(3, 8)))
+        pane = colour * rng.uniform(0.5, 1.4)
         for wx in range(x + step // 3, x + w - step // 2, step):
             for wy in range(max(0, top + step // 3), level - step // 2, step):
                 cv2.rectangle(image, (wx, wy), (wx + step // 2, wy + step // 2), pane.tolist(), -1)
@@ -88,8 +91,12 @@ class Figure:
 def _paste(patch: np.ndarray, head: np.ndarray, corner: tuple[int, int], canvas: tuple, number: int) -> Figure:
     "Blend a figure (RGB times alpha, alpha) into the image and its number into the maps of bodies and heads."
     image, bodies, heads = canvas
-    (x, y), (h, w) = corner, patch.shape[:2]
-    top, left, bottom, right = max(0, -y), max(0, -x), min(h, len(image) - y), min(w, image.shape[1] - x)
+    x, y = corner
+    h, w = patch.shape[:2]
+    top = max(0, -y)
+    left = max(0, -x)
+    bottom = min(h, len(image) - y)
+    right = min(w, image.shape[1] - x)
     if top >= bottom or left >= right:
         return Figure(0, 0)
     patch, head = patch[top:bottom, left:right], head[top:bottom, left:right]
@@ -123,7 +130,8 @@ def _annotate(
     head_boxes, head_seen = _extents(np.where(heads == bodies, heads, 0), count)
     body_share = body_seen / np.maximum([f.body_pixels for f in figures], 1)
     head_share = head_seen / np.maximum([f.head_pixels for f in figures], 1)
-    person, head = body_share >= 0.25, (head_share >= 0.5) & (head_seen >= 4) & (body_share >= 0.25)
+    person = body_share >= 0.25
+    head = (head_share >= 0.5) & (head_seen >= 4) & (body_share >= 0.25)
     hidden = ~person & (body_seen > 0)
     boxes = np.concatenate([body_boxes[person], head_boxes[head], body_boxes[hidden]])
     labels = np.repeat([0, 1, 0], [person.sum(), head.sum(), hidden.sum()]).astype(np.int32)
@@ -146,7 +154,8 @@ def draw_scene(
     together = rng.random(count) < 0.35  # beside the one painted before
     for i in np.flatnonzero(together[1:]) + 1:
         x[i] = x[i - 1] + rng.normal(0, 0.05 + 0.05 * depth[i])
-    figures, light = [], float(rng.uniform(-0.8, 0.8))
+    figures = []
+    light = float(rng.uniform(-0.8, 0.8))
     for i in range(count):
         feet = (horizon + (1.12 - horizon) * depth[i]) * height
         tall = height * (0.1 + 0.62 * depth[i]) * rng.normal(1, 0.07) * 0.95
@@ -160,15 +169,17 @@ def draw_scene(
         return image, np.zeros((0, 4), np.float32), nothing, nothing.astype(bool)
     return image, *_annotate(figures, bodies, heads)
 
-
+# %% ../../nbs/10_synthetic/02_crowds.ipynb #412c1401
 def _post(
     rng: np.random.Generator, image: np.ndarray, bodies: np.ndarray, heads: np.ndarray, horizon: float, depth: float
 ) -> None:
     "A post or a bench in front of everybody painted so far."
     height, width = bodies.shape
-    foot, x = int((horizon + (1.1 - horizon) * depth) * height), int(rng.uniform(0, width))
+    foot = int((horizon + (1.1 - horizon) * depth) * height)
+    x = int(rng.uniform(0, width))
     if rng.random() < 0.5:
-        w, h = max(2, int(0.03 * depth * width)), int((0.3 + 0.7 * depth) * height)
+        w = max(2, int(0.03 * depth * width))
+        h = int((0.3 + 0.7 * depth) * height)
     else:
         w, h = int((0.1 + 0.25 * depth) * width), int((0.04 + 0.1 * depth) * height)
     colour = rng.uniform(30, 200, 3).tolist()

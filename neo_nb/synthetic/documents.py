@@ -82,7 +82,9 @@ def _write(image: np.ndarray, text: str, x: int, y: int, height: float, colour: 
         wide = int(len(text) * height * 0.6)
         cv2.rectangle(image, (x, int(y - height * 0.7)), (x + wide, y), colour, -1)
         return wide
-    font, scale, thick = cv2.FONT_HERSHEY_SIMPLEX, height / 30, max(1, round(height / (9 if bold else 16)))
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    scale = height / 30
+    thick = max(1, round(height / (9 if bold else 16)))
     cv2.putText(image, text, (x, y), font, scale, colour, thick, cv2.LINE_AA)
     return cv2.getTextSize(text, font, scale, thick)[0][0]
 
@@ -93,7 +95,8 @@ def _lines(
     "Fill an area with lines of words."
     x1, y1, x2, y2 = area
     for y in np.arange(y1 + height, y2, height * 1.6).astype(int):
-        x, end = x1, x2 - int(rng.uniform(0, 0.4) * (x2 - x1))
+        x = x1
+        end = x2 - int(rng.uniform(0, 0.4) * (x2 - x1))
         while x < end:
             text = _word(rng)
             place = (x, int(y - height), int(x + len(text) * height * 0.75), int(y + height * 0.4))
@@ -122,7 +125,9 @@ def _shapes(rng: np.random.Generator, image: np.ndarray, area: Rect) -> None:
     colours = rng.integers(20, 245, (6, 3))
     part[:] = _ramp(tuple(colours[0].tolist()), tuple(colours[1].tolist()), (tall, wide), 1.4)
     for i in range(int(rng.integers(2, 7))):
-        colour, x, y = colours[i % 6].tolist(), int(rng.uniform(0, wide)), int(rng.uniform(0.2, 1) * tall)
+        colour = colours[i % 6].tolist()
+        x = int(rng.uniform(0, wide))
+        y = int(rng.uniform(0.2, 1) * tall)
         r = int(rng.uniform(0.08, 0.35) * min(tall, wide)) + 2
         if i % 3 == 0:
             cv2.circle(part, (x, y), r, colour, -1, cv2.LINE_AA)
@@ -135,7 +140,8 @@ def _shapes(rng: np.random.Generator, image: np.ndarray, area: Rect) -> None:
 
 def _poster(rng: np.random.Generator, image: np.ndarray, ink: Colour, taken: list[Rect]) -> None:
     tall, wide = image.shape[:2]
-    edge, split = wide // 14, rng.uniform(0.35, 0.7)
+    edge = wide // 14
+    split = rng.uniform(0.35, 0.7)
     above = rng.random() < 0.5
     frame = (edge, int(tall * (0.06 if above else split)), wide - edge, int(tall * (split if above else 0.94)))
     words = (edge, int(tall * (split + 0.03 if above else 0.05)), wide - edge, int(tall * (0.96 if above else split)))
@@ -149,7 +155,8 @@ def _poster(rng: np.random.Generator, image: np.ndarray, ink: Colour, taken: lis
 # %% ../../nbs/10_synthetic/04_documents.ipynb #3973fa8c
 def _receipt(rng: np.random.Generator, image: np.ndarray, ink: Colour, taken: list[Rect]) -> None:
     tall, wide = image.shape[:2]
-    edge, height = wide // 12, wide / rng.uniform(20, 32)
+    edge = wide // 12
+    height = wide / rng.uniform(20, 32)
     _lines(rng, image, (wide // 4, edge, wide * 3 // 4, int(tall * 0.14)), height * 1.3, ink, taken)
     for y in np.arange(tall * 0.16, tall * 0.78, height * 1.7).astype(int):
         row = (edge, int(y - height), wide - edge, int(y + height * 0.4))
@@ -158,7 +165,8 @@ def _receipt(rng: np.random.Generator, image: np.ndarray, ink: Colour, taken: li
         _write(image, " ".join(_word(rng) for _ in range(2)), edge, int(y), height, ink)
         price = f"{rng.uniform(0.5, 99):.2f}"
         _write(image, price, int(wide - edge - len(price) * height * 0.75), int(y), height, ink)
-    x, code = edge * 2, (edge * 2, int(tall * 0.84), wide - edge * 2, int(tall * 0.94))
+    x = edge * 2
+    code = (edge * 2, int(tall * 0.84), wide - edge * 2, int(tall * 0.94))
     while x < code[2] and not any(_meets(code, other) for other in taken):
         bar = int(rng.integers(1, 5)) * max(1, wide // 150)
         cv2.rectangle(image, (x, code[1]), (x + bar - 1, code[3]), ink, -1)
@@ -184,7 +192,9 @@ def _card(rng: np.random.Generator, image: np.ndarray, ink: Colour, taken: list[
         place = (wide // 10, int(y - height), int(wide * 0.1 + len(text) * height * 0.72), int(y + height * 0.3))
         if not any(_meets(place, other) for other in taken):
             _write(image, text, wide // 10, y, height, ink)
-    x, y, r = int(wide * 0.84), int(tall * 0.8), wide // 16
+    x = int(wide * 0.84)
+    y = int(tall * 0.8)
+    r = wide // 16
     if not any(_meets((x - 2 * r, y - r, x + r, y + r), other) for other in taken):
         for dx, colour in ((-r, rng.integers(60, 230, 3).tolist()), (0, rng.integers(60, 230, 3).tolist())):
             cv2.circle(image, (x + dx, y), r, colour, -1, cv2.LINE_AA)
@@ -251,7 +261,8 @@ def draw_sheet(
     {"poster": _poster, "receipt": _receipt, "card": _card}[kind](rng, image, ink, taken)
     fade = float(rng.uniform(0.8, 1.0)) if kind != "receipt" else float(rng.uniform(0.55, 0.95))  # thin ink
     for patch, printed in ready:
-        (x, y), (h, w) = printed.corner, printed.mask.shape
+        x, y = printed.corner
+        h, w = printed.mask.shape
         alpha = patch[..., 3:].astype(np.float32) / 255 * fade
         spot = image[y : y + h, x : x + w]
         spot[:] = np.clip(spot * (1 - alpha) + patch[..., :3] * fade, 0, 255).astype(np.uint8)

@@ -114,9 +114,11 @@ def draw_mark(
     zoom = int(np.clip(np.ceil(160 / height), 2, 16))
     shape = turned(OUTLINES[mark.outline], angle)
     signs = [turned(points * ((-1, 1) if mark.mirrored else (1, 1)), angle) for points in SIGNS.get(mark.sign, [])]
-    unit, low = height / 2, np.floor(shape.min(0) * height / 2) - 1
+    unit = height / 2
+    low = np.floor(shape.min(0) * height / 2) - 1
     width, tall = (np.ceil(shape.max(0) * unit) + 1 - low).astype(int).tolist()
-    pixels, mask = np.zeros((tall * zoom, width * zoom, 4), np.uint8), np.zeros((tall * zoom, width * zoom), np.uint8)
+    pixels = np.zeros((tall * zoom, width * zoom, 4), np.uint8)
+    mask = np.zeros((tall * zoom, width * zoom), np.uint8)
     ready = lambda points: np.round(((points * unit - low) * zoom - 0.5) * 16).astype(np.int32)  # noqa: E731
     fill, ink = VERSIONS[mark.version]
     cv2.fillPoly(mask, [ready(shape)], 255, shift=4)

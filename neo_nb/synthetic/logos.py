@@ -45,7 +45,8 @@ def _surroundings(rng: np.random.Generator, place: str, size: tuple[int, int]) -
     base = rng.uniform(70, 225) + rng.normal(0, 16, 3)
     image = np.broadcast_to(base.astype(np.float32), (height, width, 3)).copy()
     if place == "wall" and rng.random() < 0.5:  # bricks
-        tall, shade = height / rng.uniform(14, 40), (base * rng.uniform(0.7, 1.15)).tolist()
+        tall = height / rng.uniform(14, 40)
+        shade = (base * rng.uniform(0.7, 1.15)).tolist()
         for row, y in enumerate(np.arange(0, height, tall)):
             cv2.line(image, (0, int(y)), (width, int(y)), shade, max(1, height // 400))
             for x in np.arange((row % 2) * tall * 1.2, width, tall * 2.4):
@@ -88,7 +89,8 @@ def _warp(sheet: np.ndarray, matrix: np.ndarray, corner: tuple[int, int], size: 
 
 def _window(points: np.ndarray, pad: float = 1.0) -> tuple[tuple[int, int], tuple[int, int]]:
     "Corner (x, y) and size (height, width) of the window around some points."
-    low, high = np.floor(points.min(0) - pad).astype(int), np.ceil(points.max(0) + pad).astype(int)
+    low = np.floor(points.min(0) - pad).astype(int)
+    high = np.ceil(points.max(0) + pad).astype(int)
     return (int(low[0]), int(low[1])), (int(high[1] - low[1]), int(high[0] - low[0]))
 
 
@@ -100,14 +102,18 @@ def _cut(corner: tuple[int, int], size: tuple[int, int], within: tuple[int, ...]
 # %% ../../nbs/10_synthetic/05_logos.ipynb #0da8fcc3
 def _lay(rng: np.random.Generator, scene: LogoScene, sheet: Sheet, matrix: np.ndarray) -> None:
     "Lay a sheet into the image and note its marks."
-    image, (tall, wide) = scene.image, sheet.alpha.shape
-    unit, corners = len(image) / 1080, _project([(0, 0), (wide, 0), (wide, tall), (0, tall)], matrix)
+    image = scene.image
+    tall, wide = sheet.alpha.shape
+    unit = len(image) / 1080
+    corners = _project([(0, 0), (wide, 0), (wide, tall), (0, tall)], matrix)
     rows, columns = _cut(*_window(corners, 1 + 20 * unit), image.shape)  # with room for the shadow
-    size, corner = (rows.stop - rows.start, columns.stop - columns.start), (columns.start, rows.start)
+    size = (rows.stop - rows.start, columns.stop - columns.start)
+    corner = (columns.start, rows.start)
     if min(size) < 1:
         return
     pixels, alpha = (_warp(layer, matrix, corner, size) for layer in (sheet.pixels, sheet.alpha))
-    spot, cover = image[rows, columns], alpha[..., None].astype(np.float32) / 255
+    spot = image[rows, columns]
+    cover = alpha[..., None].astype(np.float32) / 255
     away = cv2.GaussianBlur(_warp(sheet.alpha, _shift(3 * unit, 4 * unit) @ matrix, corner, size), (0, 0), 5 * unit)
     spot *= 1 - 0.4 * away[..., None] / 255.0  # its shadow
     bend = 1 + rng.uniform(0.01, 0.09) * _noise(rng, size, (5, 2 if sheet.kind == "receipt" else 4), 1.0)
@@ -145,7 +151,8 @@ def _placed(
 ) -> tuple[np.ndarray, np.ndarray]:  # The projection from sheet to image, and the centre
     "A place for a sheet, rather where there is none yet."
     tall, wide = np.array(sheet.alpha.shape) / ZOOM
-    low, high = np.array([wide, tall]) * 0.42, np.array(size[::-1]) - np.array([wide, tall]) * 0.42
+    low = np.array([wide, tall]) * 0.42
+    high = np.array(size[::-1]) - np.array([wide, tall]) * 0.42
     tries = rng.uniform(np.minimum(low, high), np.maximum(low, high), (8, 2))
     gaps = [min((np.hypot(*(at - other)) for other in others), default=0.0) for at in tries]
     centre = tries[int(np.argmax(gaps))]
@@ -160,7 +167,8 @@ def _placed(
 # %% ../../nbs/10_synthetic/05_logos.ipynb #4f346c81
 def _cover(rng: np.random.Generator, scene: LogoScene, at: np.ndarray, reach: float) -> None:
     "Something in front of the image, near a place."
-    what, height = str(rng.choice(["finger", "pen", "cup"])), len(scene.image)
+    what = str(rng.choice(["finger", "pen", "cup"]))
+    height = len(scene.image)
     turn = rng.uniform(0, 2 * np.pi)
     way = np.array([np.cos(turn), np.sin(turn)])
     near = at + way * reach * rng.uniform(0.45, 1.3)
@@ -183,7 +191,9 @@ def _cover(rng: np.random.Generator, scene: LogoScene, at: np.ndarray, reach: fl
 
 def _expose(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, list[str]]:
     "Light, lens and sensor; and the words for what they did."
-    size, unit, tags = image.shape[:2], image.shape[0] / 1080, []
+    size = image.shape[:2]
+    unit = image.shape[0] / 1080
+    tags = []
     gain = rng.uniform(0.22, 0.45) if rng.random() < 0.2 else rng.uniform(0.75, 1.15)
     tags += ["dark"] if gain < 0.5 else []
     light = gain * (1 + np.clip(_noise(rng, size, (3, 4), rng.uniform(0.02, 0.18)), -0.5, 0.6))
@@ -207,7 +217,8 @@ def _annotate(scene: LogoScene) -> None:
             seen = int((scene.numbers[rows, columns] == number + 1).sum())
             boxes.append((columns.start, rows.start, columns.stop, rows.stop))
             crowd.append(seen < painted / 2 or seen < 9)
-    scene.boxes, scene.iscrowd = np.array(boxes, np.float32).reshape(-1, 4), np.array(crowd, bool)
+    scene.boxes = np.array(boxes, np.float32).reshape(-1, 4)
+    scene.iscrowd = np.array(crowd, bool)
 
 
 _SHEETS = {"poster": (220, 520, 1.25, 1.5), "receipt": (150, 290, 1.8, 2.6), "card": (190, 420, 0.63, 0.63)}
@@ -216,7 +227,8 @@ _SHEETS = {"poster": (220, 520, 1.25, 1.5), "receipt": (150, 290, 1.8, 2.6), "ca
 def _sheet_of(rng: np.random.Generator, kind: str, marks: list[tuple[str, float]], unit: float) -> Sheet:
     "A sheet that is large enough for its marks."
     narrow, broad, least, most = _SHEETS[kind]
-    wide, ratio = rng.uniform(narrow, broad) * unit, rng.uniform(least, most)
+    wide = rng.uniform(narrow, broad) * unit
+    ratio = rng.uniform(least, most)
     tallest = max((height for _, height in marks), default=0.0)
     wide = max(wide, tallest * 2.6, tallest * 2.2 / ratio)
     return draw_sheet(rng, kind, (max(8, round(wide * ratio)), max(8, round(wide))), marks)
@@ -245,7 +257,8 @@ def draw_logos(
 ) -> LogoScene:
     "Draw an image with sheets, and say where the logos on them are."
     height, width = check_size(size)
-    rng, unit = np.random.default_rng(derive_seed(seed, "logos", VERSION)), height / 1080
+    rng = np.random.default_rng(derive_seed(seed, "logos", VERSION))
+    unit = height / 1080
     place, kinds, marks = _plan(rng, heights, unit)
     scene = LogoScene(_surroundings(rng, place, size), np.zeros(size, np.uint16))
     centres: list[np.ndarray] = []
@@ -277,7 +290,8 @@ def make_logos(
     if not 4 <= heights[0] <= heights[1]:
         raise InputError(f"heights of marks go from 4 or more to more, found {tuple(heights)}", name)
     sizes = [size] if isinstance(size[0], (int, np.integer)) else list(size)
-    sizes, heights = [check_size(tuple(s)) for s in sizes], tuple(map(float, heights))
+    sizes = [check_size(tuple(s)) for s in sizes]
+    heights = tuple(map(float, heights))
     wanted = {"version": VERSION, "num_images": num_images, "seed": seed}
     wanted |= {"sizes": [list(s) for s in sizes], "heights": list(heights)}
 

@@ -28,7 +28,9 @@ class Canvas:
         extent: tuple[float, float, float, float],  # x1, y1, x2, y2 of the sheet, in units
     ):
         self.zoom = next(zoom for limit, zoom in ((40, 4), (100, 3), (np.inf, 2)) if unit < limit)
-        self.unit, self.left, self.top = unit * self.zoom, extent[0], extent[1]
+        self.unit = unit * self.zoom
+        self.left = extent[0]
+        self.top = extent[1]
         width, height = (max(1, round((extent[i + 2] - extent[i]) * unit)) * self.zoom for i in (0, 1))
         self.pixels = np.zeros((height, width, 4), np.uint8)
         self.mask: np.ndarray | None = None  # Where `marked` shapes are noted, when wanted
@@ -63,7 +65,8 @@ def ellipse(
     arc: tuple[float, float] = (0, 360),  # Degrees, clockwise from the right; 180..360 is the upper half
 ) -> None:
     "A filled ellipse or a part of one."
-    (x, y), (a, b) = self._points([centre])[0].tolist(), (max(1, round(r * self.unit * 16)) for r in radii)
+    x, y = self._points([centre])[0].tolist()
+    a, b = (max(1, round(r * self.unit * 16)) for r in radii)
     for sheet, ink in self._layers(colour, marked):
         cv2.ellipse(sheet, (x, y), (a, b), 0, arc[0], arc[1], ink, -1, shift=4)
 
@@ -73,7 +76,10 @@ def finish(self: Canvas) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]
     "The shrunken cutout (RGB already multiplied by its alpha), its mask, and where (0, 0) lies in it: x, y in pixels."
     x, y, w, h = cv2.boundingRect(self.pixels[..., 3])
     z = self.zoom
-    x1, y1, x2, y2 = x // z * z, y // z * z, -(-(x + w) // z) * z, -(-(y + h) // z) * z
+    x1 = x // z * z
+    y1 = y // z * z
+    x2 = -(-(x + w) // z) * z
+    y2 = -(-(y + h) // z) * z
     size = (max(1, (x2 - x1) // z), max(1, (y2 - y1) // z))
     region = (slice(y1, max(y2, y1 + z)), slice(x1, max(x2, x1 + z)))
     cutout = cv2.resize(self.pixels[region], size, interpolation=cv2.INTER_AREA)
@@ -185,7 +191,8 @@ def _width(look: Look) -> float:
 
 
 def _draw_legs(canvas: Canvas, look: Look) -> None:
-    hip, skirt = 0.056 * look.build, look.wear == "dress" or look.below == "skirt"
+    hip = 0.056 * look.build
+    skirt = look.wear == "dress" or look.below == "skirt"
     bare = skirt or look.below == "shorts"
     for (knee, foot), side, tone in zip(LEGS[look.legs], (-1, 1), (0.88, 1.0)):
         joint = [(side * hip, 0.5), (side * knee[0], knee[1]), (side * foot[0], foot[1])]
@@ -196,13 +203,15 @@ def _draw_legs(canvas: Canvas, look: Look) -> None:
         toe = {"left": -0.03, "right": 0.03}.get(look.view, side * 0.012)
         canvas.ellipse((joint[2][0] + toe, 0.978), (0.05, 0.024), look.shoes)
     if skirt:
-        flare, hem = 0.15 * look.build, 0.72 if look.wear == "dress" else 0.68
+        flare = 0.15 * look.build
+        hem = 0.72 if look.wear == "dress" else 0.68
         colour = look.top if look.wear == "dress" else look.bottom
         canvas.polygon([(-0.08, 0.46), (0.08, 0.46), (flare, hem), (-flare, hem)], colour)
 
 
 def _draw_torso(canvas: Canvas, look: Look) -> None:
-    wide, waist = _width(look), _width(look) * 0.76
+    wide = _width(look)
+    waist = _width(look) * 0.76
     end = {"coat": 0.68, "jacket": 0.55}.get(look.wear, 0.53)
     outline = [(-wide * 0.5, 0.172), (wide * 0.5, 0.172), (wide, 0.215), (waist, 0.4), (waist * 1.12, end)]
     outline += [(-waist * 1.12, end), (-waist, 0.4), (-wide, 0.215)]
@@ -219,14 +228,13 @@ def _draw_torso(canvas: Canvas, look: Look) -> None:
 
 # %% ../../nbs/10_synthetic/01_people.ipynb #16d22104
 def _draw_arms(canvas: Canvas, look: Look) -> None:
-    wide, sleeve = _width(look), _shade(look.top, 0.93)
+    wide = _width(look)
+    sleeve = _shade(look.top, 0.93)
     spread = 1 if wide > 0.1 else 0.8
     for (elbow, hand), side in zip(ARMS[look.arms], (-1, 1)):
-        shoulder, elbow, hand = (
-            (side * wide * 0.9, 0.225),
-            (side * elbow[0] * spread, elbow[1]),
-            (side * hand[0], hand[1]),
-        )
+        shoulder = (side * wide * 0.9, 0.225)
+        elbow = (side * elbow[0] * spread, elbow[1])
+        hand = (side * hand[0], hand[1])
         canvas.line([elbow, hand], 0.05, look.skin if look.wear in ("tee", "dress") else sleeve)
         canvas.line([shoulder, elbow], 0.064 * look.build, sleeve)
         canvas.ellipse(hand, (0.027, 0.03), look.skin)
@@ -252,7 +260,9 @@ def _draw_bag(canvas: Canvas, look: Look) -> None:
 
 # %% ../../nbs/10_synthetic/01_people.ipynb #47511f6e
 def _draw_head(canvas: Canvas, look: Look) -> None:
-    a, b, x = 0.057 * look.head, 0.077 * look.head, look.lean
+    a = 0.057 * look.head
+    b = 0.077 * look.head
+    x = look.lean
     y = 0.16 - b  # the chin stays where it is when the head grows
     nose = {"left": -1, "right": 1}.get(look.view, 0)
     canvas.line([(0, 0.2), (x, y + b * 0.7)], 0.05, _shade(look.skin, 0.86))

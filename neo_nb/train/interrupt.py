@@ -19,7 +19,8 @@ class Interrupt:
     "Within its block the first SIGTERM or SIGINT is noted in `asked`; the second one acts as ever."
 
     def __init__(self):
-        self.asked, self._before = False, {}
+        self.asked = False
+        self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True

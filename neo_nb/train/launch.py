@@ -98,7 +98,8 @@ class _Output:
     "What process 0 prints, shown as it comes."
 
     def __init__(self, folder: Path):
-        self.folder, self.files = folder, {}
+        self.folder = folder
+        self.files = {}
 
     def show(self) -> None:
         "Show what came since."
@@ -153,7 +154,8 @@ def _kill(process: int, number: int) -> None:
 
 def _watch(torchrun: subprocess.Popen, folder: Path) -> bool:  # Whether we were asked to stop
     "Show output and pass signals on until torchrun has ended; a second signal ends everything at once."
-    output, told = _Output(folder / "output"), set()
+    output = _Output(folder / "output")
+    told = set()
     try:
         with Interrupt() as interrupt:
             while torchrun.poll() is None:

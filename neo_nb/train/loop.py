@@ -28,9 +28,9 @@ from ..base.annotations import Annotations, fingerprint
 from ..base.core import InputError, derive_seed, seed_everything
 from ..base.devices import resolve_device, resolve_precision
 from ..base.geometry import check_size
-from ..data.augment import size_for
 from ..data.batch import Batch
 from ..data.loader import Loader, make_loader
+from ..data.resize import size_for
 from ..models.backbones import freeze_norms, freeze_temporarily, has_frozen_norms
 from ..models.contract import DetectionModel
 from ..models.weights import load_weights
@@ -75,7 +75,8 @@ class Loop(Updater):
         self.pace: Pace | None = None
         super().__init__(config, Path(run), train_table, model, accelerator, config.epochs * self.updates)
         self.rows: list[dict[str, Any]] = []
-        self.best, self.seconds = -1.0, 0.0
+        self.best = -1.0
+        self.seconds = 0.0
         self.sums: dict[str, Tensor] = {}  # Of the terms of this epoch's updates
         if config.max_minutes:
             images = config.batch_size * config.grad_accum_steps * accelerator.num_processes
@@ -98,7 +99,8 @@ def _stage_of(self: Loop, epoch: int) -> str:
 # %% ../../nbs/60_train/09_loop.ipynb #9ea35cc6
 @patch
 def _train_loader(self: Loop, epoch: int) -> Loader:
-    c, stage = self.config, self._stage_of(epoch)
+    c = self.config
+    stage = self._stage_of(epoch)
     policy = {"none": "none", "plain": "flip"}.get(stage, c.policy)
     height, width = self.model.size
     share = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
@@ -155,7 +157,8 @@ def set_arithmetic(
     if deterministic:  # read when the first matrix is multiplied on a GPU
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not deterministic, deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 # %% ../../nbs/60_train/09_loop.ipynb #81ec0821
@@ -227,7 +230,8 @@ def _is_over(self: Loop) -> bool:
         some = f"{total:,} of {self.total:,} updates, {self.pace.epochs(total)} of {self.config.epochs} epochs"
         tqdm.write(f"max_minutes {self.config.max_minutes:g}: time for about {some}; the schedule is laid into it")
     if total != self.total:
-        self.total, self.ema.ramp = total, max(self.config.ema_warmup * total, 1.0)
+        self.total = total
+        self.ema.ramp = max(self.config.ema_warmup * total, 1.0)
     return self.progress["step"] >= total
 
 # %% ../../nbs/60_train/09_loop.ipynb #165cbf51
@@ -239,7 +243,9 @@ def epoch(
     tracker: Tracker | None,
 ) -> bool:  # Whether it was ended early by a signal
     "Train until the end of the current epoch."
-    at, begin, over = self.progress, time.perf_counter(), False
+    at = self.progress
+    begin = time.perf_counter()
+    over = False
     while at["part"] < self.config.passes_per_epoch and not over:
         self._enter()
         self.loader.set_epoch(at["epoch"] * self.config.passes_per_epoch + at["part"], at["batch"])
@@ -254,14 +260,16 @@ def epoch(
             if stop:
                 return True
             if self.pace is not None:
-                now, begin = time.perf_counter() - begin, time.perf_counter()
+                now = time.perf_counter() - begin
+                begin = time.perf_counter()
                 self.pace.note(now)
                 over = self._is_over()
                 bar.total = self.total
                 if over or self._stage != self._stage_of(self._at()):
                     break
         else:
-            at["part"], at["batch"] = at["part"] + 1, 0
+            at["part"] = at["part"] + 1
+            at["batch"] = 0
     self._settle()
     return False
 

@@ -54,7 +54,8 @@ class _Contents:
     "What is read of tensors without contents."
 
     def __init__(self) -> None:
-        self.known, self.seen = WeakIdKeyDictionary(), []
+        self.known = WeakIdKeyDictionary()
+        self.seen = []
 
     def note(self, way: str, what: object, x: Tensor) -> None:
         self.seen.append(Passage(way, f"{what} of {tuple(x.shape)}", _where()))
@@ -88,7 +89,8 @@ class _Watch(TorchDispatchMode):
 
     @no_type_check  # called for every operation
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs, note = kwargs or {}, self.contents.note
+        kwargs = kwargs or {}
+        note = self.contents.note
         if func is _aten._local_scalar_dense.default:
             return self._scalar(func, args[0])
         if func is _aten.nonzero.default:  # its length is a number of the device
@@ -147,7 +149,8 @@ def _places(self: _Watch, func: Any, indices: list) -> list:
 # %% ../../nbs/60_train/12_rehearsal.ipynb #e8efd7ff
 def _waiting(first: Any) -> dict[Any, int]:
     "How many gradients each node of a graph waits for."
-    waiting, stack = {first: 0}, [first]
+    waiting = {first: 0}
+    stack = [first]
     while stack:
         for node, _ in stack.pop().next_functions:
             if node is not None:
@@ -160,7 +163,9 @@ def _waiting(first: Any) -> dict[Any, int]:
 @torch.no_grad()
 def _backward(loss: Tensor) -> None:
     "The gradients of all leaves, node by node. Raises `InputError` where a gradient is on another device."
-    waiting, grads, ready = _waiting(loss.grad_fn), {loss.grad_fn: [torch.ones_like(loss)]}, [loss.grad_fn]
+    waiting = _waiting(loss.grad_fn)
+    grads = {loss.grad_fn: [torch.ones_like(loss)]}
+    ready = [loss.grad_fn]
     while ready:
         node = ready.pop()
         given = grads.pop(node)

@@ -24,7 +24,8 @@ def updates_that_fit(
     "How many more updates there is time for."
     found, epochs = 0, 0
     while found < most:
-        begin, epochs = max(0, epochs * epoch - done), epochs + 1
+        begin = max(0, epochs * epoch - done)
+        epochs = epochs + 1
         room = min(math.floor((seconds - epochs * evaluation) / update), epochs * epoch - done, most)
         if epochs > 1 and room - begin < min(epoch / 4, most - begin):
             break

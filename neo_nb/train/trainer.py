@@ -78,7 +78,8 @@ def evaluate_epoch(self: Trainer, tracker: Tracker | None) -> dict[str, Any]:
         name: float(self.sums[name] / self.sums["updates"].clamp(min=1)) for name in ("loss", *self.model.main_terms)
     }
     losses = {name if name == "loss" else f"loss_{name}": value for name, value in means.items()}
-    skipped, self.sums = int(self.sums["skipped"]), {}
+    skipped = int(self.sums["skipped"])
+    self.sums = {}
     at = {
         "epoch": self.progress["epoch"] + 1,
         "step": self.progress["step"],
@@ -188,7 +189,8 @@ def _identity(self: Trainer) -> dict[str, Any]:
 def load(self: Trainer, path: Path) -> None:
     "Go on where `save` stopped."
     state = load_state(path)
-    own, saved = self._identity(), state["identity"]
+    own = self._identity()
+    saved = state["identity"]
     differ = [f"{key} was {saved.get(key)}, is {own[key]}" for key in own if saved.get(key) != own[key]]
     if differ:
         raise InputError(
@@ -215,11 +217,13 @@ def load(self: Trainer, path: Path) -> None:
 @patch
 def fit(self: Trainer) -> dict[str, Any]:  # best, last: metrics; epochs, minutes, interrupted
     "Train to the end."
-    main, config = self.accelerator.is_main_process, self.config
+    main = self.accelerator.is_main_process
+    config = self.config
     known = config.model_dump() | {"data": self.train_table.name, "fingerprint": self.fingerprint}
     tracker = Tracker(config.tracker, self.run, known | {"device": str(self.accelerator.device)}) if main else None
     self.started = time.perf_counter()
-    at, stopped = self.progress, False
+    at = self.progress
+    stopped = False
     bar = tqdm(total=self.total, initial=at["step"], unit="update", disable=not main, mininterval=1.0, ncols=110)
     with Interrupt() as interrupt, bar:
         # an epoch whose last update was made before an interruption is still to be evaluated
@@ -232,7 +236,9 @@ def fit(self: Trainer) -> dict[str, Any]:  # best, last: metrics; epochs, minute
             self.evaluate_epoch(tracker)
             if main:
                 tqdm.write(epoch_line(self.rows[-1], config))
-            at["epoch"], at["part"], at["batch"] = at["epoch"] + 1, 0, 0
+            at["epoch"] = at["epoch"] + 1
+            at["part"] = 0
+            at["batch"] = 0
             self._checkpoint()
             if self.pace is not None:
                 self.pace.evaluations.append(time.perf_counter() - begin)
@@ -261,7 +267,8 @@ def epoch_line(row: dict[str, Any], config: TrainConfig) -> str:
 @patch
 def _enough(self: Trainer) -> bool:
     "Whether patience is over; the rows are the same in all processes."
-    scores, patience = [row[self.config.monitor] for row in self.rows], self.config.patience
+    scores = [row[self.config.monitor] for row in self.rows]
+    patience = self.config.patience
     return bool(patience and scores) and len(scores) - 1 - int(np.argmax(scores)) >= patience
 
 

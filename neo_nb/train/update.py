@@ -49,8 +49,10 @@ class Updater:
         total: int,  # Updates that the schedule has
     ):
         self.config, self.run, self.train_table, self.accelerator, self.total = config, run, table, accelerator, total
-        self.model, self.micro = model.to(accelerator.device), config.batch_size  # images at once
-        self.ranks, self.statistics = Ranks(), Statistics(model)
+        self.model = model.to(accelerator.device)  # images at once
+        self.micro = config.batch_size
+        self.ranks = Ranks()
+        self.statistics = Statistics(model)
         self.ranks.start_alike(model)
         self.optimizer = make_optimizer(model, config)
         self.ema = Ema(model, config.ema, config.ema_warmup * total)
@@ -71,11 +73,13 @@ def update(
 ) -> tuple[dict[str, Tensor], bool]:  # Loss terms, gradient norm, 1 if left out; whether any process should stop
     "Forward, backward and step."
     set_lr(self.optimizer, lr_factor(self.progress["step"], self.total, self.config))
-    begun, self._before = (dict(self.progress), rng_state()), self.statistics.read()
+    begun = (dict(self.progress), rng_state())
+    self._before = self.statistics.read()
     parts, stopping = self._gradients(batches, stop, begun[1])
     terms, totals, rows = zip(*parts)
     terms = sum_terms(terms)
-    values, learnt = torch.stack(list(terms.values())), self.statistics.read()
+    values = torch.stack(list(terms.values()))
+    learnt = self.statistics.read()
     count = 1 + len(self.model.main_terms)  # what is averaged over the processes for the table
     main = values[:count].clone()
     moving = [p for p in self.model.parameters() if p.requires_grad]
@@ -119,7 +123,8 @@ def _gradients(self: Updater, batches: list[Batch], stop: bool, streams: dict) -
     sums = self.ranks.sum(*(sum(counts[name] for counts in own) for name in own[0]))
     counts = {name: max(1.0, count) / self.ranks.world for name, count in zip(own[0], sums)}
     while True:
-        error, done = None, []
+        error = None
+        done = []
         try:
             for part in (part for batch in batches for part in split(batch, self.micro)):
                 done.append(self._part(part, counts))
@@ -144,11 +149,13 @@ def _gradients(self: Updater, batches: list[Batch], stop: bool, streams: dict) -
 @patch
 def _part(self: Updater, batch: Batch, counts: Mapping[str, float]) -> tuple[dict[str, Tensor], Tensor, list[int]]:
     "Forward and backward of a part: its terms, their sum, its rows of the table."
-    rows, scaler = batch.image_index.tolist(), self.accelerator.scaler
+    rows = batch.image_index.tolist()
+    scaler = self.accelerator.scaler
     batch = to_device(batch, self.accelerator.device)
     with self.accelerator.autocast():
         outputs = self.model(batch.images, batch.sizes, batch.targets)
-    terms, main = self.model.loss(outputs, batch.targets, **counts), self.model.main_terms
+    terms = self.model.loss(outputs, batch.targets, **counts)
+    main = self.model.main_terms
     names = [*main, *(name for name in terms if name not in main)]
     values = torch.stack([terms[name] for name in names])
     total = values.sum()
@@ -188,10 +195,12 @@ def _recoverable(self: Updater, error: Exception) -> Exception:
 @patch
 def _settle(self: Updater) -> None:
     "Read the numbers of the update before: count it if it was left out, end the run if it must be."
-    pending, self._pending = self._pending, None
+    pending = self._pending
+    self._pending = None
     if pending is None:
         return
-    numbers, scaler = pending.read(), self.accelerator.scaler
+    numbers = pending.read()
+    scaler = self.accelerator.scaler
     self._numbers = pending.position["step"] + 1, numbers | {"lr": pending.lr}
     self._in_a_row = self._in_a_row + 1 if numbers["skipped"] else 0
     if not numbers["skipped"]:
@@ -222,8 +231,10 @@ def _raise_nonfinite(self: Updater, reason: str, position: dict[str, int], strea
     self.optimizer.zero_grad(set_to_none=True)
     self.statistics.write(self._before)
     self.progress.update(position)
-    reasons, ids = dict.fromkeys(filter(None, self.ranks.gather(reason))), self._ids(rows)
-    streams, state = self.ranks.gather(streams), self.run / "weights" / "nonfinite.pt"
+    reasons = dict.fromkeys(filter(None, self.ranks.gather(reason)))
+    ids = self._ids(rows)
+    streams = self.ranks.gather(streams)
+    state = self.run / "weights" / "nonfinite.pt"
     if not self.ranks.rank and hasattr(self, "save"):
         self.save(state, streams)
     what = f"step {position['step']}: not finite: {'; '.join(reasons)}; image ids {ids}; state in {state}"
@@ -242,7 +253,8 @@ def _halve_batch(self: Updater, error: Exception | None) -> None:
     if self.micro == 1:
         what = "out of memory with 1 image at once" if error else "another process is out of memory with 1 image"
         raise InputError(what, None, "choose a smaller --size or model") from error
-    old, self.micro = self.micro, -(-self.micro // 2)
+    old = self.micro
+    self.micro = -(-self.micro // 2)
     if not self.ranks.rank:
         tqdm.write(f"out of memory with {old} images at once: going on with {self.micro}, the same images per update")
     if torch.cuda.is_available():

@@ -114,8 +114,10 @@ def convert_state_dict(
     strides = [8 * 2**i for i in range(max(count, len(_decoder_levels(tensors))))]
     new = {convert_key(name, strides): x for name, x in tensors.items() if not DERIVED.search(name)}
     for name in [n for n in new if ".attention.qkv." in n]:
-        x, place = new.pop(name), name.replace("qkv.", "{}.")
-        new[place.format("query_key")], new[place.format("value")] = x[: 2 * len(x) // 3], x[2 * len(x) // 3 :]
+        x = new.pop(name)
+        place = name.replace("qkv.", "{}.")
+        new[place.format("query_key")] = x[: 2 * len(x) // 3]
+        new[place.format("value")] = x[2 * len(x) // 3 :]
     for name in [n for n in new if ".attention.q." in n]:
         key = name.replace(".q.", ".k.")
         if key in new:
@@ -134,14 +136,16 @@ def infer_config(
     config: dict | None = None,  # transformers' configuration, if there is one
 ) -> RTDETRConfig:
     "The configuration of the network that these weights are of."
-    config, decoder = config or {}, {n: x for n, x in tensors.items() if n.startswith("decoder.")}
+    config = config or {}
+    decoder = {n: x for n, x in tensors.items() if n.startswith("decoder.")}
     strides = tuple(sorted({int(n.split(".")[2]) for n in decoder if n.startswith("decoder.project.")}))
     layers = 1 + max(int(n.split(".")[2]) for n in decoder if n.startswith("decoder.layers."))
     heads = config.get("decoder_attention_heads", 8)
     points = len(decoder["decoder.layers.0.cross.weights.weight"]) // heads
     fuse = tensors["encoder.fuse_top_down.16.deep.0.0.weight"]
     encoder_channels = len(tensors["encoder.project.16.0.weight"])
-    backbone, expansion = _backbone(tensors), len(fuse) / encoder_channels
+    backbone = _backbone(tensors)
+    expansion = len(fuse) / encoder_channels
     large = backbone not in ("resnet18vd", "resnet34vd", "resnet_nano")
     return RTDETRConfig(
         backbone,

@@ -122,14 +122,16 @@ class Decoder(nn.Module):
         points = (points,) * len(strides) if isinstance(points, int) else tuple(points)
         if len(points) != len(strides):
             raise InputError(f"{len(points)} numbers of sampling points for {len(strides)} levels")
-        given, in_channels = len(strides) if maps is None else maps, in_channels or channels
+        given = len(strides) if maps is None else maps
+        in_channels = in_channels or channels
         self.project = nn.ModuleDict({str(s): ConvNorm(in_channels, channels) for s in strides[:given]})
         for i, stride in enumerate(strides[given:]):
             self.project[str(stride)] = ConvNorm(channels if i else in_channels, channels, 3, 2)
         layer = partial(DecoderLayer, channels, heads, feedforward, points, sampling)
         self.layers = nn.ModuleList(layer() for _ in range(layers))
         self.enc_output = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels))
-        self.enc_score, self.enc_box = nn.Linear(channels, num_classes), Mlp(channels, channels, 4, 3)
+        self.enc_score = nn.Linear(channels, num_classes)
+        self.enc_box = Mlp(channels, channels, 4, 3)
         self.score = nn.ModuleList(nn.Linear(channels, num_classes) for _ in range(layers))
         self.box = nn.ModuleList(Mlp(channels, channels, 4, 3) for _ in range(layers))
         self.query_position = Mlp(4, 2 * channels, channels, 2)
@@ -221,13 +223,19 @@ def forward(
     memory, shapes = self.flatten_levels(maps)
     anchors, usable, valid = self.anchors_and_masks(shapes, frame, maps[0].device)
     content, enc_logits, enc_boxes = self.select_queries(memory, anchors, usable)
-    x, reference, mask, extra = content.detach(), enc_boxes.detach().sigmoid(), None, 0
+    x = content.detach()
+    reference = enc_boxes.detach().sigmoid()
+    mask = None
+    extra = 0
     if denoising is not None:
         extra = denoising.labels.shape[1]
         x = torch.cat([self.denoising_class(denoising.labels).to(x.dtype), x], 1)
         reference = torch.cat([denoising.boxes, reference], 1)
         mask = attention_mask(extra, denoising.groups, content.shape[1], x.device)
-    logits, boxes, previous, sizes = [], [], reference, list(shapes.values())
+    logits = []
+    boxes = []
+    previous = reference
+    sizes = list(shapes.values())
     last = (len(self.layers) if self.training else self.eval_layers) - 1
     for i, layer in enumerate(self.layers[: last + 1]):
         position = own_precision(self.query_position, reference).to(x.dtype)

@@ -240,7 +240,8 @@ def detect(
     inside = (outputs.boxes[..., :2] < ends[:, None]).all(-1, keepdim=True)
     scores = (scores * inside).flatten(1)
     scores, chosen = scores.topk(min(max_dets or self.num_queries, scores.shape[1]), 1)
-    labels, queries = chosen % self.num_classes, chosen // self.num_classes
+    labels = chosen % self.num_classes
+    queries = chosen // self.num_classes
     boxes = outputs.boxes.gather(1, queries[..., None].expand(-1, -1, 4))
     return denormalize_boxes(boxes, sizes, original_sizes, outputs.padded), scores, labels
 
