@@ -127,8 +127,8 @@ def test_the_schedule_ends_when_the_time_does(tmp_path):
     table = make_scenes(8, (64, 96), 0, tmp_path / "scenes")
     config = make_config(epochs=8, no_aug_epochs=2, lr=1e-3, tracker="none", device="cpu", cache=True, **TINY)
     trainer, plain = TimedTrainer(config, tmp_path / "run", table, table), []
-    update = trainer.update
-    trainer.update = lambda batches: (plain.append(trainer._stage == "plain"), update(batches))[1]
+    update = trainer.train_step
+    trainer.train_step = lambda batches: (plain.append(trainer._stage == "plain"), update(batches))[1]
     rows = trainer.train_for(minutes=0.1, evaluations=4)
     assert [round(row["cpu_minutes"] / 0.025) for row in rows] == [1, 2, 3, 4]
     assert [row["updates"] for row in rows] == sorted(row["updates"] for row in rows)

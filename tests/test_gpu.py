@@ -28,16 +28,16 @@ def test_an_update_waits_as_often_as_it_was_rehearsed(tmp_path):
         trainer = Trainer(config, tmp_path, scenes, scenes)
         trainer.model.train()
         seen.clear()
-        trainer.update([batch])
+        trainer.train_step([batch])
     trainer = Trainer(config, tmp_path, scenes, scenes)
     trainer.model.train()
-    trainer.update([batch])
+    trainer.train_step([batch])
     pinned = copy.copy(batch).pin_memory()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as predicted:
             warnings.simplefilter("always")
-            trainer.update([pinned])
+            trainer.train_step([pinned])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [str(w.message) for w in predicted if "synchroniz" in str(w.message)]

@@ -113,7 +113,7 @@ def test_the_loss_of_the_settings_is_the_one_that_is_trained(loop, loss):
     assert run.model.criterion.kind == loss
     batch = next(iter(run.loader))
     torch.manual_seed(0)
-    losses = [float(run.update([batch])[0]["loss"]) for _ in range(5)]
+    losses = [float(run.train_step([batch])[0]["loss"]) for _ in range(5)]
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 

@@ -60,7 +60,7 @@ def test_an_update_an_evaluation_and_a_deployed_copy(name, scenes, batch, tmp_pa
 def updated(trainer: Trainer, batch, seen: list[Passage]) -> None:
     trainer.model.train()
     seen.clear()
-    values, _ = trainer.update([batch])
+    values, _ = trainer.train_step([batch])
     update = list(seen)
     assert {value.device.type for value in values.values()} == {"cuda"}
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -92,7 +92,7 @@ def test_autocast_is_in_force(scenes, batch, tmp_path):
             last = trainer.model.backbone
             last.register_forward_hook(lambda _, __, maps, name=precision: types.update({name: maps[-1].dtype}))
             trainer.model.train()
-            trainer.update([batch])
+            trainer.train_step([batch])
     assert types == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -103,7 +103,7 @@ def test_what_is_left_on_the_host_is_an_error(scenes, batch, tmp_path):
         layer.bias = torch.nn.Parameter(layer.bias.cpu())
         trainer.model.train()
         with pytest.raises(RuntimeError, match="same device"):
-            trainer.update([batch])
+            trainer.train_step([batch])
 
 
 class _Lost(torch.autograd.Function):

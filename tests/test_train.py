@@ -145,18 +145,18 @@ def test_the_schedule_is_laid_into_the_time_there_is(tmp_path, table, capsys):
     trainer = Trainer(
         small(**more, schedule="cosine", final_lr_fraction=0.02, num_workers=0), tmp_path / "run", table, table
     )
-    stages, update = [], trainer.update
+    stages, update = [], trainer.train_step
 
     def look(batches, stop=False):
         stages.append(trainer._stage)
         return update(batches, stop)
 
-    trainer.update = look
+    trainer.train_step = look
     result = trainer.fit()
     row, planned = result["last"], 40 * trainer.updates
     assert trainer.progress["step"] == trainer.total == row["updates"] < planned, "there was no time for all"
     assert result["ended"] == "time" and result["planned_epochs"] == 40
-    assert result["fitted_epochs"] == row["epochs"] == row["epoch"] == len(trainer.rows)
+    assert result["fitted_epochs"] == row["epochs"] == row["epoch"] == len(trainer.history)
     assert row["lr"] < 0.1 * 1e-3, "the rate has fallen as it would have in 40 epochs"
     plain = stages.index("plain") / len(stages)
     assert 0.6 < plain < 0.95 and set(stages[stages.index("plain") :]) == {"plain"}
@@ -164,7 +164,9 @@ def test_the_schedule_is_laid_into_the_time_there_is(tmp_path, table, capsys):
     assert f"of {planned:,} updates" in capsys.readouterr().out
     again = Trainer(small(**more, schedule="cosine", final_lr_fraction=0.02), tmp_path / "run", table, table)
     again.load(tmp_path / "run/weights/last.pt")
-    assert again.total == trainer.total and again.fit()["ended"] == "time" and len(again.rows) == len(trainer.rows)
+    assert (
+        again.total == trainer.total and again.fit()["ended"] == "time" and len(again.history) == len(trainer.history)
+    )
 
 
 def test_enough_time_changes_nothing(tmp_path, table):

@@ -98,7 +98,7 @@ def poison(trainer: Trainer, first: int, count: int) -> list[list[int]]:
     """Make a gradient infinite in some updates; the list has the images of each of these."""
     images, step = [], {"now": False}
     trainer.model.decoder.enc_score.weight.register_hook(lambda g: g * math.inf if step["now"] else g)
-    update = trainer.update
+    update = trainer.train_step
 
     def poisoned(batches, stop=False):
         step["now"] = first <= trainer.progress["step"] < first + count
@@ -106,7 +106,7 @@ def poison(trainer: Trainer, first: int, count: int) -> list[list[int]]:
             images.append([row for batch in batches for row in batch.image_index.tolist()])
         return update(batches, stop)
 
-    trainer.update = poisoned
+    trainer.train_step = poisoned
     return images
 
 
@@ -117,19 +117,19 @@ def finite(state: dict[str, torch.Tensor]) -> bool:
 def test_one_infinite_gradient_is_left_out_and_counted(tmp_path, capsys):
     one = trainer(tmp_path)
     images = poison(one, 2, 1)
-    before, plain = [], one.update
+    before, plain = [], one.train_step
 
     def look(batches, stop=False):
         before.append({k: v.clone() for k, v in (one.model.state_dict() | prefixed(one)).items()})
         return plain(batches, stop)
 
-    one.update = look
+    one.train_step = look
     result = one.fit()
-    assert result["skipped"] == 1 and [row["skipped"] for row in one.rows] == [1] and one.progress["step"] == 6
+    assert result["skipped"] == 1 and [row["skipped"] for row in one.history] == [1] and one.progress["step"] == 6
     counted = [k for k in before[2] if not torch.equal(before[2][k], before[3][k])]
     assert all(key.endswith("num_batches_tracked") for key in counted), "the third update has changed nothing"
     assert finite(one.model.state_dict()) and finite(one.ema.model.state_dict())
-    assert math.isfinite(one.rows[0]["loss"])
+    assert math.isfinite(one.history[0]["loss"])
     assert f"step 2: the gradient is not finite: update left out; image ids {images[0][0]}" in capsys.readouterr().out
     header = (tmp_path / "run/results.csv").read_text().splitlines()
     assert dict(zip(header[0].split(","), header[1].split(",")))["skipped"] == "1"

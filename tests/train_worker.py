@@ -64,7 +64,7 @@ def main(order: dict) -> None:
         trainer.model.config = replace(trainer.model.config, num_denoising=0)
     if order.get("resume"):
         trainer.load(Path(order["run"]) / "weights" / "last.pt")
-    plain_update, losses = trainer.update, []
+    plain_update, losses = trainer.train_step, []
 
     def update(batches, stop=False):
         values, stop = plain_update(batches, stop)
@@ -73,7 +73,7 @@ def main(order: dict) -> None:
             os.kill(os.getpid(), getattr(signal, order.get("signal", "SIGKILL")))
         return values, stop
 
-    trainer.update = update
+    trainer.train_step = update
     if "megabytes" in order:  # what the process may take from here on
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + order["megabytes"] * 2**20,) * 2)

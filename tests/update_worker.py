@@ -96,7 +96,7 @@ def gradients(loop: Loop, whole: list) -> dict[str, torch.Tensor]:
 
     loop.optimizer.step, rtdetr.make_denoising = look, same_denoising(whole)
     try:
-        loop.update(next(chunks(loop.loader, loop.grad_accum_steps)))
+        loop.train_step(next(chunks(loop.loader, loop.grad_accum_steps)))
     finally:
         loop.optimizer.step, rtdetr.make_denoising = step, DRAW
     return found
@@ -134,14 +134,14 @@ def main(order: dict) -> None:
         loop.progress["epoch"] = epoch
         loop._hold_backbone()
         loop.model.train()
-        loop.update(next(chunks(loop.loader, 1)))
+        loop.train_step(next(chunks(loop.loader, 1)))
     found["state"], found["average"] = loop.model.state_dict(), loop.ema.model.state_dict()
 
     loop = make_loop(folder, batch_size=2)
     plain = loop.model.loss
     loop.model.loss = lambda out, *a, **k: plain(out if rank == 0 else replace_boxes(out), *a, **k)
     try:
-        loop.update(next(chunks(loop.loader, 1)))
+        loop.train_step(next(chunks(loop.loader, 1)))
     except FloatingPointError as error:
         found["message"] = f"{type(error).__name__}: {error}"
     found["images"] = next(iter(loop.loader)).image_index.tolist()

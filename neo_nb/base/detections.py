@@ -59,6 +59,11 @@ class Detections:
             object.__setattr__(self, key, column if ordered else column[order])
         object.__setattr__(self, "class_names", tuple(self.class_names))
 
+    @classmethod
+    def empty(cls, num_images: int, class_names: Sequence[str]) -> "Detections":
+        "Nothing was found."
+        return cls([], np.zeros((0, 4)), [], [], num_images, class_names)
+
 # %% ../../nbs/00_base/05_detections.ipynb #f2e1bbb3
 @patch
 def __len__(self: Detections) -> int:

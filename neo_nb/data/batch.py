@@ -28,6 +28,11 @@ class Targets:
     labels: Int64[Tensor, "n"]  # 0 .. classes - 1
     ignore: Float[Tensor, "k 4"]  # cxcywh, 0..1: regions that count neither as object nor as background
 
+    @classmethod
+    def empty(cls) -> "Targets":
+        "No object."
+        return cls(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
+
     def __len__(self) -> int:
         "The number of objects."
         return len(self.labels)

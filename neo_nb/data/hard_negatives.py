@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..base.annotations import Annotations, concat
 from ..base.core import InputError, atomic_write, settings
+from ..base.image_files import image_size
 
 # %% ../../nbs/20_data/05_hard_negatives.ipynb #bda6d7d7
 class _Strict(BaseModel):
@@ -114,24 +115,11 @@ def background_table(
         ids = (np.arange(len(files)) + 1 + (int(like.image_ids.max()) if len(like) else 0)).tolist()
     root = os.path.realpath(like.root)
     names = [os.path.relpath(os.path.realpath(file), root) for file in files]
-    sizes = np.array([_size(Path(file)) for file in files]).reshape(-1, 2)
+    sizes = np.array([image_size(file) for file in files]).reshape(-1, 2)
     nothing = {"offsets": [0] * (len(files) + 1), "boxes_xyxy": np.zeros((0, 4)), "labels": []}
     ids = np.array(ids, like.image_ids.dtype.kind if like.image_ids.dtype.kind == "U" else np.int64)
     return Annotations(ids, names, sizes, **nothing, class_names=like.class_names, category_ids=like.category_ids,
                        root=like.root, name=like.name)  # fmt: skip
-
-
-def _size(path: Path) -> tuple[int, int]:
-    "(height, width) of an image file as it is seen, from its header."
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) >= 5
-    except OSError as error:
-        raise InputError(f"not a readable image ({error})", path, "leave it out") from error
-    return (width, height) if turned else (height, width)
 
 # %% ../../nbs/20_data/05_hard_negatives.ipynb #2632d566
 def apply_mined(

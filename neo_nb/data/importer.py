@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from ..base.core import InputError, check_choice, settings, workspace_root
+from ..base.image_files import is_image
 from .coco import read_coco
 from .issues import read_text
 from neo_nb.data.manifest import (
@@ -27,7 +28,7 @@ from neo_nb.data.manifest import (
     read_split,
     write_manifest,
 )
-from .yolo import SUFFIXES, read_data_yaml
+from .yolo import read_data_yaml
 
 # %% ../../nbs/20_data/07_importer.ipynb #80986705
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
@@ -114,7 +115,7 @@ def _find_voc(path: Path, root: Path) -> dict[str, tuple[Format, Split]]:
             folder.relative_to(root).as_posix(),
         ]
         for images in places:
-            some = (f for f in (root / images).glob("*") if f.suffix.lower() in SUFFIXES)
+            some = (f for f in (root / images).glob("*") if is_image(f))
             if any(f.stem in stems for f in some):
                 entry = Split(annotations=folder.relative_to(root).as_posix(), images=images)
                 found.setdefault(split, ("voc", entry))

@@ -30,6 +30,7 @@ from ..base.geometry import check_size, pad_to
 from ..data.batch import Batch
 from ..data.loader import make_loader
 from ..data.resize import prepare
+from ..models.checkpoint_files import resolve_weights
 from ..models.weights import load_model, model_record, read_preprocessing
 
 # %% ../../nbs/65_deploy/00_detector.ipynb #b4a79ba9
@@ -114,7 +115,7 @@ def __call__(
 ) -> Detections:  # One image each, in the order given
     "Detect in images."
     step = self.batch or batch_size or 8
-    parts = [_nothing(self, len(images))]
+    parts = [Detections.empty(len(images), self.class_names)]
     for start in range(0, len(images), step):
         batch = prepare(images[start : start + step], self.size, self.divisor, self.resize)
         rows = torch.arange(start, start + len(batch))
@@ -137,7 +138,7 @@ def predict(
     num_workers = choose_workers(table, self.device, count_cores()) if num_workers is None else num_workers
     shape = {"size": self.size, "divisor": self.divisor, "resize": self.resize}
     loader = make_loader(table, **shape, batch_size=step, num_workers=num_workers, quiet=True)
-    parts = [_nothing(self, len(annotations))]
+    parts = [Detections.empty(len(annotations), self.class_names)]
     begun = None
     with tqdm(total=len(annotations), desc="predict", unit="image", disable=not progress, leave=False) as bar:
         for batch in loader if len(annotations) else ():
@@ -160,10 +161,6 @@ def choose_workers(
     if len(annotations) < LEAST or cores < 2:
         return 0
     return min(8, cores - 1) if device.type == "cuda" else 1
-
-
-def _nothing(detector: Detector, images: int) -> Detections:
-    return Detections([], np.zeros((0, 4)), [], [], images, detector.class_names)
 
 # %% ../../nbs/65_deploy/00_detector.ipynb #8eb366fc
 class TorchDetector(Detector):
@@ -336,33 +333,11 @@ def load_detector(
     precision: str = "fp32",  # auto, fp32, fp16 or bf16; an ONNX file has its own
 ) -> Detector:
     "Open whatever detects. Raises `InputError` when it cannot be."
-    path = Path(path)
-    published = (path / "config.json").is_file() or path.suffix in (".pth", ".pt")
-    if path.is_dir() and not published:
-        path = _weights_of(path)
-    if not path.exists():
-        raise InputError("no such file or run folder", path)
-    if path.suffix == ".onnx":
-        detector = OnnxDetector(path, device, precision)
+    kind, file = resolve_weights(path)
+    if kind == "onnx":
+        detector = OnnxDetector(file, device, precision)
         if size is not None and check_size(size) != detector.size:
-            raise InputError(f"made for size {detector.size}, not {tuple(size)}", path, "export it at that size")
+            raise InputError(f"made for size {detector.size}, not {tuple(size)}", file, "export it at that size")
         return detector
-    if path.suffix == ".safetensors" or published:
-        model, record = load_model(path, device=resolve_device(device))
-        return TorchDetector(model.to(memory_format=torch.channels_last), size, record, precision)
-    raise InputError(
-        f"{path.suffix or 'a file without suffix'} is no detector",
-        path,
-        "known: .safetensors, .onnx, .pth, a run folder, a transformers folder",
-    )
-
-
-def _weights_of(run: Path) -> Path:
-    "The weights of a run folder, the best if there are any."
-    for folder in (run / "weights", run):
-        for name in ("best.safetensors", "last.safetensors"):
-            if (folder / name).is_file():
-                return folder / name
-    raise InputError(
-        "no weights in this folder (best.safetensors, last.safetensors)", run, "has the run trained an epoch?"
-    )
+    model, record = load_model(file, device=resolve_device(device))
+    return TorchDetector(model.to(memory_format=torch.channels_last), size, record, precision)

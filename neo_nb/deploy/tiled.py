@@ -98,7 +98,7 @@ def __call__(
     def cut(image: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         return lambda w: image[w[1] : w[3], w[0] : w[2]]
 
-    parts = [Detections([], np.zeros((0, 4)), [], [], len(images), self.class_names)]
+    parts = [Detections.empty(len(images), self.class_names)]
     for row, image in enumerate(images):
         parts.append(_placed(_detect(self, cut(image), image.shape[:2], batch_size), row, len(images)))
     return concat(parts)
@@ -114,7 +114,7 @@ def predict(
 ) -> Detections:
     "Detect in every image of a table; images too big to hold are read by region."
     count = len(annotations)
-    parts = [Detections([], np.zeros((0, 4)), [], [], len(annotations), self.class_names)]
+    parts = [Detections.empty(len(annotations), self.class_names)]
     for row in tqdm(range(count), desc="predict", unit="image", disable=not progress, leave=False):
         known = annotations[row]
         regions = RegionReader(known.path, known.size)

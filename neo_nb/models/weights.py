@@ -6,8 +6,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'CLASS_HEADS', 'Classes', 'model_record', 'save_weights', 'read_preprocessing', 'read_record', 'load_model',
-           'is_external', 'read_external', 'load_strictly', 'WeightsReport', 'is_placeholder', 'match_classes',
-           'load_weights']
+           'read_external', 'load_strictly', 'WeightsReport', 'is_placeholder', 'match_classes', 'load_weights']
 
 # %% ../../nbs/40_models/22_weights.ipynb #812051be
 import json
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from ..base.core import InputError, atomic_write, check_choice
 from ..base.geometry import Resize
-from .checkpoint_files import read_checkpoint
+from .checkpoint_files import Kind, read_checkpoint, resolve_weights
 from .contract import DetectionModel, Preprocessing
 from .external import External
 from .zoo import FAMILIES, VARIANTS, create_model, family_of
@@ -139,8 +138,8 @@ def load_model(
     device: torch.device | str = "cpu",
 ) -> tuple[DetectionModel, dict]:  # The detector in evaluation mode, and its record
     "Build the detector that a file describes and load its weights, every one of them."
-    path = _inside(path)
-    if is_external(path):
+    kind, path = resolve_weights(path)
+    if kind != "ours":
         return _load_external(path, class_names, device)
     record, tensors = _read(path, tensors=True)
     if class_names is not None and list(class_names) != record["class_names"]:
@@ -161,27 +160,6 @@ def _config(record: dict, where: str | Path) -> Any:
     kind = family_of(record["model"]).config
     without = {"pretrained": None} if "pretrained" in {field.name for field in fields(kind)} else {}
     return kind(**_known(kind, record["config"] | without, "the configuration", where))
-
-
-def _inside(path: str | Path) -> Path:
-    "The file of weights in a folder of ours, the best ones of a run; anything else as it is."
-    names = ("model.safetensors", "weights/best.safetensors", "weights/last.safetensors")
-    inner = (Path(path) / name for name in names)
-    return next((file for file in inner if file.is_file() and not is_external(file)), Path(path))
-
-
-def is_external(path: str | Path) -> bool:
-    "Whether it is for `read_external`: a folder, a .pth, a file without our record, or a name on the hub."
-    path = Path(path)
-    if not path.is_file():
-        return path.is_dir() or (not path.suffix == ".safetensors" and not path.is_absolute() and "/" in str(path))
-    if path.suffix != ".safetensors":
-        return path.suffix in (".pth", ".pt", ".bin")
-    try:
-        with safe_open(path, framework="pt") as f:
-            return "neo_nb" not in (f.metadata() or {})
-    except SafetensorError:
-        return False
 
 # %% ../../nbs/40_models/22_weights.ipynb #c7a250fe
 def read_external(
@@ -328,8 +306,8 @@ def load_weights(
     classes: Classes = "auto",  # Which class goes on from which; "auto" refuses to guess
 ) -> WeightsReport:
     "Take over the weights that fit; raises `InputError` when not one does, or when classes would have to be guessed."
-    path = _inside(path)
-    tensors, names, theirs, contract = _source(path, model)
+    kind, path = resolve_weights(path)
+    tensors, names, theirs, contract = _source(kind, path, model)
     words, rows = match_classes(model.class_names, names, model.count_classes(tensors), classes, path)
     own = model.state_dict()
     by_row = () if words in ("the same", "by position") else model.class_heads
@@ -353,9 +331,11 @@ def load_weights(
     return WeightsReport(str(path), len(of["all"]), *found, words, fresh, adopted)
 
 # %% ../../nbs/40_models/22_weights.ipynb #d2e13878
-def _source(path: Path, model: DetectionModel) -> tuple[dict[str, Tensor], list[str] | None, Any, Preprocessing]:
+def _source(
+    kind: Kind, path: Path, model: DetectionModel
+) -> tuple[dict[str, Tensor], list[str] | None, Any, Preprocessing]:
     "Tensors, class names, configuration and input contract of what a model starts from."
-    if not is_external(path):
+    if kind == "ours":
         record, tensors = _read(path, tensors=True)
         return (
             tensors,

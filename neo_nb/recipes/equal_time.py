@@ -114,7 +114,7 @@ class TimedTrainer(Trainer):
         self.model.train()
         while spent < total:
             begin = time.process_time()
-            values, _ = self.update(next(batches))
+            values, _ = self.train_step(next(batches))
             spent += time.process_time() - begin
             for name, value in (values | {"updates": 1}).items():
                 self.sums[name] = self.sums.get(name, 0) + float(value)

@@ -176,7 +176,7 @@ def _updates(config: Any, table: Any) -> Iterator[float]:
     while True:
         start = clock()
         for batches in chunks(loop.loader, loop.grad_accum_steps):
-            float(loop.update(batches)[0]["loss"])  # reading it waits for the device
+            float(loop.train_step(batches)[0]["loss"])  # reading it waits for the device
             yield clock() - start
             start = clock()
 

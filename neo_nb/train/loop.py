@@ -74,7 +74,7 @@ class Loop(Updater):
         self.updates = config.passes_per_epoch * math.ceil(len(self.loader) / config.grad_accum_steps)  # of an epoch
         self.pace: Pace | None = None
         super().__init__(config, Path(run), train_table, model, accelerator, config.epochs * self.updates)
-        self.rows: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []
         self.best = -1.0
         self.seconds = 0.0
         self.sums: dict[str, Tensor] = {}  # Of the terms of this epoch's updates
@@ -236,7 +236,7 @@ def _is_over(self: Loop) -> bool:
 
 # %% ../../nbs/60_train/09_loop.ipynb #165cbf51
 @patch
-def epoch(
+def train_epoch(
     self: Loop,
     bar: tqdm,  # Counts updates
     interrupt: Interrupt,
@@ -250,7 +250,7 @@ def epoch(
         self._enter()
         self.loader.set_epoch(at["epoch"] * self.config.passes_per_epoch + at["part"], at["batch"])
         for batches in chunks(self.loader, self.grad_accum_steps):
-            values, stop = self.update(batches, interrupt.asked)
+            values, stop = self.train_step(batches, interrupt.asked)
             at["batch"] += len(batches)
             self._log_step(values, bar, tracker)
             every = self.config.checkpoint_steps

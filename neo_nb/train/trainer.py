@@ -89,12 +89,12 @@ def evaluate_epoch(self: Trainer, tracker: Tracker | None) -> dict[str, Any]:
     }
     if self.pace is not None:  # what there is time for, of config.epochs
         at |= {"epochs": self.pace.epochs(self.total), "updates": self.total}
-    self.rows.append(at | losses | numbers)
+    self.history.append(at | losses | numbers)
     score = metrics[self.config.monitor]
     better = score >= 0 and score > self.best
     self.best = max(self.best, score) if score >= 0 else self.best
     if self.accelerator.is_main_process:
-        write_csv(self.rows, self.run / "results.csv")
+        write_csv(self.history, self.run / "results.csv")
         if tracker:
             tracker.log({f"val/{k}": v for k, v in numbers.items()} | {"minutes": at["minutes"]}, at["step"])
         self._save_weights("last", metrics)
@@ -158,7 +158,7 @@ def save(self: Trainer, path: Path, streams: list[dict]) -> None:
             "total": self.total,
             "evaluations": self.pace.evaluations if self.pace else [],
             "in_a_row": self._in_a_row,
-            "rows": self.rows,
+            "rows": self.history,
             "best": self.best,
             "sums": self.sums,
             "seconds": self.minutes() * 60,
@@ -202,7 +202,7 @@ def load(self: Trainer, path: Path) -> None:
     self.optimizer.load_state_dict(state["optimizer"])
     if self.accelerator.scaler is not None:
         self.accelerator.scaler.load_state_dict(state["scaler"])
-    self.rows, self.best, self.seconds = (state[key] for key in ("rows", "best", "seconds"))
+    self.history, self.best, self.seconds = (state[key] for key in ("rows", "best", "seconds"))
     self.sums = {name: value.to(self.accelerator.device) for name, value in state["sums"].items()}
     self.micro, self._in_a_row = state["micro"], state["in_a_row"]
     if "batch_size" in state:  # of format 1: its place is counted in batches as they were then
@@ -230,12 +230,12 @@ def fit(self: Trainer) -> dict[str, Any]:  # best, last: metrics; epochs, minute
         while at["epoch"] < config.epochs and (at["step"] < self.total or at["batch"] or at["part"]) and not stopped:
             epochs = self.pace.epochs(self.total) if self.pace else config.epochs
             bar.set_description_str(f"epoch {at['epoch'] + 1}/{epochs}", refresh=False)
-            if self.epoch(bar, interrupt, tracker):
+            if self.train_epoch(bar, interrupt, tracker):
                 break
             begin = time.perf_counter()
             self.evaluate_epoch(tracker)
             if main:
-                tqdm.write(epoch_line(self.rows[-1], config))
+                tqdm.write(epoch_line(self.history[-1], config))
             at["epoch"] = at["epoch"] + 1
             at["part"] = 0
             at["batch"] = 0
@@ -245,15 +245,15 @@ def fit(self: Trainer) -> dict[str, Any]:  # best, last: metrics; epochs, minute
             stopped = self._enough()
     if tracker:
         tracker.finish()
-    rows = [row for row in self.rows if row.get(config.monitor, -1) >= 0]
+    rows = [row for row in self.history if row.get(config.monitor, -1) >= 0]
     best = max(rows, key=lambda row: row[config.monitor], default=None)
-    return {"best": best, "last": self.rows[-1] if self.rows else None, "epochs": len(self.rows)} | {
+    return {"best": best, "last": self.history[-1] if self.history else None, "epochs": len(self.history)} | {
         "minutes": self.minutes(),
         "interrupted": interrupt.asked,
         "ended": self._why(interrupt.asked),
         "planned_epochs": config.epochs,
         "fitted_epochs": self.pace.epochs(self.total) if self.pace else config.epochs,
-        "skipped": sum(row["skipped"] for row in self.rows),
+        "skipped": sum(row["skipped"] for row in self.history),
         "counts": dict(self.loader.counts),
     }
 
@@ -267,7 +267,7 @@ def epoch_line(row: dict[str, Any], config: TrainConfig) -> str:
 @patch
 def _enough(self: Trainer) -> bool:
     "Whether patience is over; the rows are the same in all processes."
-    scores = [row[self.config.monitor] for row in self.rows]
+    scores = [row[self.config.monitor] for row in self.history]
     patience = self.config.patience
     return bool(patience and scores) and len(scores) - 1 - int(np.argmax(scores)) >= patience
 

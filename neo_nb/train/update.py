@@ -66,7 +66,7 @@ class Updater:
 
 # %% ../../nbs/60_train/08_update.ipynb #5358f26c
 @patch
-def update(
+def train_step(
     self: Updater,
     batches: list[Batch],  # The batches of this update
     stop: bool = False,  # Whether this process was asked to stop
