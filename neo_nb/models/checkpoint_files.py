@@ -39,7 +39,7 @@ def _is_ours(path: Path) -> bool:
     except (SafetensorError, OSError):
         return True
 
-
+# %% ../../nbs/40_models/03_checkpoint_files.ipynb #cbb60e4b
 def resolve_weights(
     source: str | Path,  # A run, a folder, a file, or a repository on the hub such as owner/name
 ) -> tuple[Kind, Path]:  # What it is, and the file or folder of it that counts
