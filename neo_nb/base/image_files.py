@@ -8,6 +8,7 @@
 __all__ = ['IMAGE_SUFFIXES', 'is_image', 'image_size']
 
 # %% ../../nbs/00_base/08_image_files.ipynb #39287585
+import os
 from pathlib import Path
 
 from .core import InputError
@@ -17,10 +18,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 
 
 def is_image(
-    path: Path,
+    path: str | Path,
 ) -> bool:
     "Whether a file is called as images are."
-    return path.suffix.lower() in IMAGE_SUFFIXES
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
 def image_size(
