@@ -136,7 +136,7 @@ def label_path(
     "Where YOLO has the labels of an image: the last folder `images` becomes `labels`."
     return Path(label_name(str(image)))
 
-
+# %% ../../nbs/20_data/00_issues.ipynb #7f117f87
 def label_name(
     image: str,
 ) -> str:

@@ -22,14 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..base.annotations import Annotations, fingerprint
 from ..base.core import InputError, atomic_write, check_choice, settings, workspace_root
-from ..base.image_files import image_size, is_image
-from ..base.table_cache import cached_annotations, file_bytes
+from ..base.table_cache import cached_annotations, file_digest
 from .coco import read_coco
 from .dice import read_dice
 from .hard_negatives import apply_mined, read_mined
 from .issues import Issue, faulty_boxes, place, raise_or_collect, read_text
 from .voc import read_voc
-from .yolo import read_yolo, yolo_files
+from .yolo import read_yolo, yolo_digest, yolo_files
 
 # %% ../../nbs/20_data/06_manifest.ipynb #f936d557
 class _Strict(BaseModel):
@@ -146,7 +145,7 @@ def read_split(
     mined = read_mined(manifest.mined) if manifest.mined and len(table) else None
     return apply_mined(table, mined) if mined is not None and mined.split == split else table
 
-
+# %% ../../nbs/20_data/06_manifest.ipynb #edf8d7b1
 def _as_stored(manifest: Manifest, split: str, problems: list[Issue] | None, extras: bool) -> Annotations:
     "A split as its files say."
     entry = manifest.splits[split]
@@ -175,7 +174,7 @@ def _as_stored(manifest: Manifest, split: str, problems: list[Issue] | None, ext
     if manifest.format == "coco" and problems is None and not extras and annotations.is_file():
         key = ["coco", READERS, str(annotations.resolve()), str(images.resolve())]
         table = cached_annotations(
-            key, [str(annotations)], file_bytes, lambda: read_coco(annotations, images, name, problems, extras)
+            key, [str(annotations)], file_digest, lambda _: read_coco(annotations, images, name, problems, extras)
         )
         return replace(table, name=name)
     read = {"coco": read_coco, "dice": read_dice}[manifest.format]
@@ -185,22 +184,13 @@ def _as_stored(manifest: Manifest, split: str, problems: list[Issue] | None, ext
 READERS = "1"  # Raised when a reader makes another table of the same files
 
 
-def _image_says(file: str) -> bytes:
-    "What of a file of a YOLO data set matters: of an image its size, of the others all."
-    if not is_image(file):
-        return file_bytes(file)
-    try:
-        return str(image_size(file)).encode()
-    except InputError as error:
-        return error.what.encode()
-
-
 def _read_cached_yolo(file: Path, split: str, name: str, problems: list[Issue] | None) -> Annotations:
     "A YOLO split, from the cache of tables when nobody asks what is wrong with it."
     if problems is not None or not file.is_file():
         return read_yolo(file, split, name, problems)
     key = ["yolo", READERS, str(file.resolve()), split]
-    table = cached_annotations(key, yolo_files(file, split), _image_says, lambda: read_yolo(file, split, name))
+    files = yolo_files(file, split)
+    table = cached_annotations(key, files, yolo_digest, lambda digests: read_yolo(file, split, name, digests=digests))
     return replace(table, name=name, source=str(file))
 
 # %% ../../nbs/20_data/06_manifest.ipynb #feb01af7

@@ -140,8 +140,9 @@ def _median(values: list[float]) -> float:
 
 # %% ../../nbs/70_runs/00_hardware.ipynb #b3c1d505
 _COSTS = {  # Parameters in millions; bytes per pixel that a step saves in fp32, under autocast
-    "nano": (2, 391, 215), "r18": (20, 1095, 595), "r34": (31, 1316, 716), "r50m": (37, 1311, 719),
+    "nano": (2, 391, 215), "lite0": (5, 1819, 970), "r18": (20, 1095, 595), "r34": (31, 1316, 716), "r50m": (37, 1311, 719),
     "r50": (43, 1449, 787), "r101": (77, 2128, 1127), "hgnetv2_l": (33, 1416, 771), "hgnetv2_x": (67, 2358, 1242),
+    "detr_nano": (1, 181, 108), "detr_r50": (42, 1014, 1583), "detr_r101": (60, 1423, 2311),  # frozen norms keep fp32
 }  # fmt: skip
 
 
@@ -153,7 +154,8 @@ def training_memory(
 ) -> float:  # GiB
     "About how much a training step needs."
     unknown = max(_COSTS.values(), key=lambda cost: cost[1])
-    parameters, whole, half = _COSTS.get(model.partition("_")[2], unknown)
+    family, _, variant = model.partition("_")
+    parameters, whole, half = _COSTS.get(variant if family.startswith("rtdetr") else model, unknown)
     pixels = math.prod(math.ceil(side / 32) * 32 for side in size)
     saved = 1.4 * (whole if precision == "fp32" else half) * pixels * batch
     return (20e6 * parameters + saved) / 2**30 + 0.2
