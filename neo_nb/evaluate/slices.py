@@ -76,7 +76,7 @@ def of_images(
 
 # %% ../../nbs/50_evaluate/03_slices.ipynb #668f2637
 BUCKETS = {"tiny": (0, 16**2), "small": (16**2, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
-CROWDS = {"none": (0, 0), "1–10": (1, 10), "11–50": (11, 50), "51–150": (51, 150), "151–300": (151, 300),
+CROWDS = {"none": (0, 0), "1–10": (1, 10), "11–50": (11, 50), "51–100": (51, 100), "101–300": (101, 300),
           "over 300": (301, 10**9)}  # fmt: skip
 MOST_TAGS = 20  # Tags that are listed, the most frequent ones
 

@@ -49,6 +49,12 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _crowds(run: Path) -> dict[str, Any]:
+    "Miss rate, Jaccard index and recall by neighbours, where a run was analysed; nothing for runs before version 0.2."
+    path = run / "analysis.json"
+    return json.loads(path.read_text()).get("crowds", {}) if path.exists() else {}
+
+
 def _evaluated(metrics: Mapping[str, Any]) -> str:
     "What was evaluated."
     if "images" not in metrics:
@@ -224,6 +230,7 @@ def write_report(
         chosen=_chosen(known),
         plots=dict.fromkeys((*PLOTS, "curves")) | _plots(run),
         samples=_images(run / "samples"),
+        crowds=_crowds(run),
         galleries=_galleries(run),
         mined=_images(run / "gallery" / "mined", 4 * GALLERY),
         rounds=_rounds(known, metrics),
