@@ -11,7 +11,8 @@ __all__ = ['NO_OBJECT', 'VARIANTS', 'FAMILY', 'DETRConfig', 'reference_config', 
 # %% ../../nbs/40_models/15_detr.ipynb #af93d8d6
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ from ..base.boxes import cxcywh_to_xyxy, generalized_box_iou, paired_giou
 from ..base.core import InputError
 from ..data.batch import Targets, denormalize_boxes
 from ..losses.criterion import ignored
+from .backbones import freeze
 from .contract import DetectionModel, Outputs, Preprocessing
+from .dinov3 import DINOV3, ViTSizes, check_dinov3, fetch_dinov3, load_vit, sizes_in, sizes_of, vit_config
 from .external import External, Family, class_names_of
 from .timm_backbone import check_pretrained, make_timm
 
@@ -35,12 +38,14 @@ from .timm_backbone import check_pretrained, make_timm
 class DETRConfig:
     "All that defines the network besides its classes."
 
-    backbone: str = "timm/resnet50"  # timm/NAME, or "resnet": transformers' ResNet in the sizes of the next four
+    backbone: str = "timm/resnet50"  # timm/NAME, dinov3/NAME, or "resnet": transformers' in the sizes of the next four
     stem: int = 64  # Channels after the stem
     widths: tuple[int, ...] = (256, 512, 1024, 2048)  # Channels of each stage
     depths: tuple[int, ...] = (3, 4, 6, 3)  # Blocks of each stage
     block: str = "bottleneck"  # or "basic"
-    pretrained: str | None = None  # Weights of a timm backbone: "hub", "package" or a file
+    pretrained: str | None = None  # Of the backbone. timm: "hub", "package" or a file; dinov3: "hub" or a folder
+    freeze_backbone: bool = False  # For good: no gradient, no optimiser state, evaluation mode
+    vit: tuple[int, ...] | None = None  # A dinov3 backbone's `ViTSizes`; the published ones when None
     freeze_bn: bool = True  # The backbone's batch norms, its stem and its first stage
     channels: int = 256
     encoder_layers: int = 6
@@ -51,7 +56,7 @@ class DETRConfig:
     num_queries: int = 100
     dilation: bool = False  # The last stage of a timm backbone at stride 16 (DC5)
 
-
+# %% ../../nbs/40_models/15_detr.ipynb #e10eae67
 def reference_config(config: DETRConfig, num_classes: int) -> Any:  # transformers' DetrConfig
     "The configuration as transformers wants it."
     from transformers import DetrConfig, ResNetConfig
@@ -61,13 +66,15 @@ def reference_config(config: DETRConfig, num_classes: int) -> Any:  # transforme
     if c.backbone == "resnet":
         sizes = {"embedding_size": c.stem, "hidden_sizes": list(c.widths), "depths": list(c.depths)}
         backbone = ResNetConfig(layer_type=c.block, out_features=["stage4"], **sizes)
+    elif c.backbone.startswith("dinov3/"):
+        backbone = vit_config(ViTSizes(*c.vit))
     elif c.backbone.startswith("timm/"):
         stride = {"output_stride": 16} if c.dilation else {}
         name = c.backbone.removeprefix("timm/")
         backbone = timm | {"backbone": name, "use_pretrained_backbone": False} | stride
     else:
         raise InputError(
-            f"DETR has no backbone {c.backbone!r}", None, "timm/NAME, or resnet with stem, widths, depths"
+            f"DETR has no backbone {c.backbone!r}", None, "timm/NAME, dinov3/NAME, or resnet with its sizes"
         )
     sides = {f"{side}_{key}": value for side in ("encoder", "decoder")
              for key, value in (("ffn_dim", c.feedforward), ("attention_heads", c.heads))}  # fmt: skip
@@ -97,7 +104,8 @@ class DETR(DetectionModel):
 
     def __init__(self, num_classes: int, config: DETRConfig = DETRConfig()):
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        super().__init__(num_classes, config, Preprocessing(32, mean, std))
+        config = _with_vit(config)
+        super().__init__(num_classes, config, Preprocessing(_stride(config), mean, std))
         from transformers import DetrForObjectDetection
 
         with warnings.catch_warnings():
@@ -107,6 +115,8 @@ class DETR(DetectionModel):
             self._load_backbone()
         if not config.freeze_bn:
             _unfreeze(self.network.model.backbone)
+        if config.freeze_backbone:
+            freeze(self.network.model.backbone)
 
     @property
     def capacity(self) -> int:
@@ -134,12 +144,36 @@ class DETR(DetectionModel):
 def _load_backbone(self: DETR) -> None:
     "ImageNet weights in the backbone; transformers' frozen norms have all of a batch norm but its counter."
     c = self.config
+    if c.backbone.startswith("dinov3/"):
+        return load_vit(self.network.model.backbone.model, _vit_folder(c))
     check_pretrained(c.backbone, c.pretrained)
     body = make_timm(c.backbone.removeprefix("timm/"), c.pretrained, out_indices=[1, 2, 3, 4])
     tensors = {key: x for key, x in body.state_dict().items() if not key.endswith("num_batches_tracked")}
     own = self.network.model.backbone.model
     missing, unknown = own.load_state_dict(tensors, strict=False)
     assert not unknown and all(key.endswith("num_batches_tracked") for key in missing), (missing, unknown)
+
+
+def _vit_folder(config: DETRConfig) -> Path:
+    "Where the weights of a dinov3 backbone are."
+    name = config.backbone.removeprefix("dinov3/")
+    return fetch_dinov3(name) if config.pretrained == "hub" else Path(config.pretrained)
+
+
+def _with_vit(config: DETRConfig) -> DETRConfig:
+    "The configuration with the sizes of its ViT: those of the weights, or the published ones."
+    if not config.backbone.startswith("dinov3/") or config.vit is not None:
+        return config
+    check_dinov3(config.backbone, config.pretrained)
+    sizes = sizes_of(_vit_folder(config)) if config.pretrained else DINOV3[config.backbone.removeprefix("dinov3/")]
+    return replace(config, vit=tuple(sizes))
+
+
+def _stride(config: DETRConfig) -> int:
+    "Of the backbone's map."
+    if config.vit is not None:
+        return ViTSizes(*config.vit).patch
+    return 16 if config.dilation else 32
 
 
 def _unfreeze(module: nn.Module) -> None:
@@ -193,7 +227,7 @@ def features(
     "The encoder's one map."
     x, mask, _ = self._content(images, sizes)
     tokens = self.network.model(x, pixel_mask=mask).encoder_last_hidden_state
-    rows = x.shape[-2] // (16 if self.config.dilation else 32)
+    rows = x.shape[-2] // _stride(self.config)
     return [tokens.transpose(1, 2).unflatten(2, (rows, -1))], (x.shape[-2], x.shape[-1])
 
 # %% ../../nbs/40_models/15_detr.ipynb #7a7d7e46
@@ -311,6 +345,13 @@ VARIANTS: dict[str, DETRConfig] = {
     "detr_r50": DETRConfig(),
     "detr_r50_dc5": DETRConfig(dilation=True),
     "detr_r101": DETRConfig("timm/resnet101", depths=(3, 4, 23, 3)),
+    "dinov3_detr_nano": DETRConfig(
+        "dinov3/nano", freeze_backbone=True, channels=96, encoder_layers=1, decoder_layers=3, heads=4, feedforward=192,
+        dropout=0.0,
+    ),
+    "dinov3_detr_s": DETRConfig("dinov3/vits16", freeze_backbone=True, num_queries=300),
+    "dinov3_detr_b": DETRConfig("dinov3/vitb16", freeze_backbone=True, num_queries=300),
+    "dinov3_detr": DETRConfig("dinov3/vitl16", freeze_backbone=True, num_queries=300),
 }  # fmt: skip
 _OLD_NAMES = (
     (r"backbone\.conv_encoder\.", "backbone."),
@@ -323,12 +364,16 @@ def infer_config(config: dict) -> DETRConfig:
     "What config.json says, as ours; raises `InputError` for a backbone that is none of ours."
     backbone = config.get("backbone_config") or {}
     kind = backbone.get("model_type", "timm_backbone")
-    if kind not in ("timm_backbone", "resnet"):
-        raise InputError(f"its backbone is of the kind {kind!r}", None, "known are timm_backbone and resnet")
+    if kind not in ("timm_backbone", "resnet", "dinov3_vit"):
+        raise InputError(
+            f"its backbone is of the kind {kind!r}", None, "known are timm_backbone, resnet and dinov3_vit"
+        )
     sizes: dict[str, Any] = {"backbone": f"timm/{backbone.get('backbone') or config.get('backbone') or 'resnet50'}"}
     if kind == "resnet":
         tuples = {"widths": tuple(backbone["hidden_sizes"]), "depths": tuple(backbone["depths"])}
         sizes = {"backbone": "resnet", "stem": backbone["embedding_size"], "block": backbone["layer_type"]} | tuples
+    if kind == "dinov3_vit":
+        sizes = {"backbone": "dinov3/vitl16", "vit": tuple(sizes_in(backbone)), "freeze_backbone": True}
     names = {"channels": "d_model", "heads": "encoder_attention_heads", "feedforward": "encoder_ffn_dim"}
     names |= {key: key for key in ("encoder_layers", "decoder_layers", "dropout", "num_queries", "dilation")}
     return DETRConfig(**sizes, **{ours: config[theirs] for ours, theirs in names.items() if theirs in config})

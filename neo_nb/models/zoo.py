@@ -16,6 +16,7 @@ from typing import Any
 from ..base.core import InputError, check_choice
 from . import detr
 from .contract import DetectionModel
+from .dinov3 import check_dinov3
 from .external import Family
 from .rtdetr import convert as rtdetr
 from .timm_backbone import check_pretrained
@@ -49,7 +50,8 @@ def check_model(
     "Raise `InputError` for a model that is not known, or for settings that it cannot have."
     losses = family_of(name).model.losses
     check_choice(loss or losses[0], losses, f"loss of {name}")
-    check_pretrained(backbone or VARIANTS[name].backbone, pretrained)
+    backbone = backbone or VARIANTS[name].backbone
+    (check_dinov3 if backbone.startswith("dinov3/") else check_pretrained)(backbone, pretrained)
 
 # %% ../../nbs/40_models/20_zoo.ipynb #29b5acd1
 def create_model(

@@ -27,7 +27,7 @@ class ModelSettings(BaseModel):
     num_queries: int | None = Field(None, ge=1, description="boxes per image at most; None: the model's own")
     backbone: str | None = Field(None, description="another backbone, such as timm/convnext_tiny")
     pretrained: str | None = Field(
-        None, description="weights of a timm backbone: hub (timm's own), package (an installed one), or a file"
+        None, description="weights of the backbone: hub (published), package (an installed one), or a file or folder"
     )
     freeze_norms: bool = Field(False, description="keep all batch norms fixed: for fine-tuning with tiny batches")
     freeze_epochs: int = Field(0, ge=0, description="first epochs with the backbone fixed, its statistics too")

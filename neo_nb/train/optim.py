@@ -72,7 +72,8 @@ class Ema:
         decay: float,  # 0: no average, the weights as they are
         ramp: float,  # Updates until the decay has reached 63 % of its value, and the most that are remembered
     ):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        fixed = {id(p): p for p in model.parameters() if not p.requires_grad}  # frozen for good: nothing to average
+        self.model = copy.deepcopy(model, fixed).eval().requires_grad_(False)
         self.decay = decay
         self.ramp = max(ramp, 1.0)
         self.step = 0
@@ -86,8 +87,8 @@ class Ema:
         "Move the average towards the model's weights by one update."
         self.step += 1
         decay = min(self.decay, 1 - 1 / max(self.ramp, 2.0)) * (1 - math.exp(-self.step / self.ramp))
-        own = self.model.state_dict()
         new = model.state_dict()
+        own = {k: x for k, x in self.model.state_dict().items() if x.data_ptr() != new[k].data_ptr()}
         moving, counts = ([k for k, v in own.items() if v.is_floating_point() is kind] for kind in (True, False))
         pairs = [own[k] for k in moving], [new[k].detach() for k in moving]
         # a step of gradient descent: with the weights as gradient and a decay of 1 it is w + rate · (new - w), all
