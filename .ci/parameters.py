@@ -57,7 +57,7 @@ def flags_of(command: Callable) -> dict[str, str]:
 
 def fresh(name: str, cell: str) -> str:
     "The cell as it should be."
-    lines = [(LINE.fullmatch(line)[1], line) for line in cell.splitlines()]
+    lines = [(LINE.fullmatch(line)[1], line) for line in cell.splitlines() if line.strip()]
     if name == "train":
         own = [line for key, line in lines if key not in TrainConfig.model_fields]
         fields = TrainConfig.model_fields.items()

@@ -89,7 +89,7 @@ def _expect(truth: bool, message: str, table: Annotations) -> None:
 
 @patch
 def _validate(self: Annotations, n: int, m: int) -> None:
-    "The columns must fit each other; that the *values* make sense is for `data.checks` to say."
+    "The columns must fit each other; that the *values* make sense is for `data.validate` to say."
     for key in ("file_names", "tags", "weights"):
         _expect(len(getattr(self, key)) == n, f"{key} has {len(getattr(self, key))} rows for {n} images", self)
     for key in ("labels", "iscrowd", "areas", "box_ids", "lines"):

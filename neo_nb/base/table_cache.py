@@ -8,6 +8,7 @@
 __all__ = ['QUICK', 'YOUNG', 'cache_folder', 'digest_of', 'file_digest', 'cached_annotations']
 
 # %% ../../nbs/00_base/09_table_cache.ipynb #a39f138e
+import contextlib
 import hashlib
 import os
 import shutil
@@ -48,8 +49,8 @@ def file_digest(
     except OSError:
         return digest_of(b"")
 
-
-def _status(files: Sequence[str]) -> np.ndarray:  # n 4, int64; -1 for what is missing, -2 for what is too young
+# %% ../../nbs/00_base/09_table_cache.ipynb #0259d04b
+def _status(files: Sequence[str]) -> np.ndarray:  # n 4, int64; -1 for what is missing
     "What the file system knows of the files."
     rows = np.full((len(files), 4), -1, np.int64)
     for row, file in zip(rows, files):
@@ -58,8 +59,12 @@ def _status(files: Sequence[str]) -> np.ndarray:  # n 4, int64; -1 for what is m
             row[:] = found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
         except OSError:
             pass
-    rows[rows[:, 1:3].max(1) > (time.time() - YOUNG) * 1e9] = -2
     return rows
+
+
+def _trusted(status: np.ndarray) -> np.ndarray:
+    "The same with -2 for what is too young."
+    return np.where(status[:, 1:3].max(1, keepdims=True) > (time.time() - YOUNG) * 1e9, -2, status)
 
 
 def _digests(files: Sequence[str], says: Callable[[str], int]) -> np.ndarray:
@@ -80,12 +85,13 @@ def _kept(place: Path, names: int, files: Sequence[str], says: Callable[[str], i
             name, before, digests = str(known["name"]), known["status"], known["digests"]
         if not name.startswith(f"{names:016x}") or len(before) != len(files):
             return None
-        status = _status(files)
+        status = _trusted(_status(files))
         changed = np.flatnonzero(((status != before) | (status == -2)).any(1))
+        if len(changed) and (_digests([files[i] for i in changed], says) != digests[changed]).any():
+            return None
         if len(changed):
-            if (_digests([files[i] for i in changed], says) != digests[changed]).any():
-                return None
-            _note(place, name, status, digests)
+            with contextlib.suppress(OSError, InputError):  # a read-only cache still holds what it holds
+                _note(place, name, status, digests)
         return load_annotations(place / name)
     except (OSError, ValueError, KeyError, InputError):  # nothing kept, or something half gone
         return None
@@ -112,10 +118,11 @@ def cached_annotations(
     rest = [file for file in files if file not in known]
     known |= dict(zip(rest, _digests(rest, says).tolist()))
     digests = np.array([known[file] for file in files], np.int64)
-    status[(_status(files) != status).any(1)] = -2  # written while it was read: to be looked at the next time
+    if (_status(files) != status).any():  # something was written while it was read: nobody knows what was read of it
+        return table
     name = f"{names:016x}-{digest_of(digests.tobytes()):016x}"
     try:
-        _keep(place, name, table, status, digests)
+        _keep(place, name, table, _trusted(status), digests)
         return load_annotations(place / name)  # mapped, as the next time
     except (OSError, InputError):  # a full or a read-only disk: the next one reads again
         return table

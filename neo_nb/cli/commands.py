@@ -158,7 +158,7 @@ def train(args: Sequence[str]) -> Result:
     data = check_data(flags["data"], "train", "val")
     check_choice(flags["target"], list_targets(), "target")
     config = make_config(**chosen)
-    check_model(config.model, config.loss, config.backbone, config.pretrained)
+    check_model(config.model, config.loss, **config.model_overrides())
     run = new_run(data=Path(data).stem, model=config.model)
     return run_notebook("train", run, chosen | shared | {"data": data, "target": flags["target"]})
 

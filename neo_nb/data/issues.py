@@ -189,7 +189,8 @@ def faulty_boxes(
 
 def _repeated(table: Annotations) -> np.ndarray:
     "True for each box that says the same as an earlier one of its image."
-    columns = [table.image_index, table.labels, *table.boxes_xyxy.view(np.int32).T]
+    corners = (np.ascontiguousarray(table.boxes_xyxy) + np.float32(0)).view(np.int32)  # -0 is 0
+    columns = [table.image_index, table.labels, table.iscrowd, *corners.T]
     keys = np.zeros(len(table.labels), np.uint64)
     for column in columns:  # a hash of the row: boxes that say the same are together when it is sorted
         keys = (keys ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)

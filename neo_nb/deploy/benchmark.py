@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..base.core import InputError
+from ..base.core import InputError, check_choice
 from ..base.devices import autocast, resolve_device, resolve_precision
 from ..data.batch import Targets
 from ..data.resize import prepare
 from .detector import Detector
 from .onnx import export_onnx
 from ..models.rtdetr.convert import convert_state_dict
-from ..models.rtdetr.model import RTDETR
+from ..models.rtdetr.model import RTDETR, RTDETRConfig
 from ..models.transformers_reference import reference_config
 from ..models.zoo import VARIANTS, create_model
 
@@ -156,6 +156,9 @@ def matched_pair(
 
     from transformers import RTDetrV2ForObjectDetection
 
+    if not isinstance(VARIANTS[check_choice(name, VARIANTS, "model")], RTDETRConfig):
+        what = f"{name} is no RT-DETR: there is nothing of transformers to compare it with here"
+        raise InputError(what, "--against transformers", "take a name of  neo models 'rtdetr*'")
     torch.manual_seed(0)
     config = replace(VARIANTS[name], blocks=3, **changes)  # transformers always has 3
     peer = RTDetrV2ForObjectDetection(reference_config(config, num_classes)).eval()
@@ -279,7 +282,7 @@ def latency(
     image = np.random.default_rng(0).integers(0, 256, (*photo, 3), dtype=np.uint8)
     calls: dict[str, Callable[[], object]] = {}
     for name, detector in detectors.items():
-        batch = prepare([image], detector.size, detector.divisor)
+        batch = prepare([image], detector.size, detector.divisor, detector.resize)
         calls[f"{name}, network"] = partial(detector.infer, batch)
         calls[f"{name}, from image to boxes"] = partial(detector, [image])
     times = interleave(calls, rounds)

@@ -36,7 +36,7 @@ from ..models.weights import load_model, model_record, read_preprocessing
 # %% ../../nbs/65_deploy/00_detector.ipynb #b4a79ba9
 INPUTS, OUTPUTS = ("images", "sizes", "original_sizes"), ("boxes", "scores", "labels")
 
-
+# %% ../../nbs/65_deploy/00_detector.ipynb #299f6841
 class Detector:
     "Anything that detects."
 
@@ -58,7 +58,9 @@ class Detector:
         self.class_names, self.category_ids = tuple(record["class_names"]), tuple(record["category_ids"])
         self.preprocessing = read_preprocessing(record)
         self.divisor, self.resize = self.preprocessing.divisor, self.preprocessing.resize
-        self.num_queries: int = record["config"].get("num_queries") or record["max_dets"]
+        self.max_dets: int = (
+            record.get("max_dets") or record["config"]["num_queries"]
+        )  # older records have no max_dets
 
     def __repr__(self) -> str:
         height, width = self.size

@@ -8,7 +8,7 @@ Detectors by name, and their weights."""
 __all__ = []
 
 # %% ../../nbs/40_models/99_init.ipynb #83fc2230
-import neo_nb.models.fuse  # noqa: F401  gives RTDETR its deploy()
+import neo_nb.models.fuse  # noqa: F401  gives RTDETR its fuse()
 from .hub import from_pretrained, push_to_hub, save_pretrained
 from .weights import load_model, load_weights, save_weights
 from .zoo import create_model, list_models

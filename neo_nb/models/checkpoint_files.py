@@ -54,12 +54,8 @@ def resolve_weights(
         what = "no weights in this folder (best.safetensors, last.safetensors)"
         raise InputError(what, path, "has the run trained an epoch?")
     if not path.is_file():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (
-            ".safetensors",
-            ".onnx",
-            ".pth",
-            ".pt",
-        ):
+        known = path.suffix in (".safetensors", ".onnx", ".pth", ".pt", ".bin") or path.parent.is_dir()
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not known:
             return "hub", path
         raise InputError(
             "no such file of weights", path, "give a run, a file, a folder, or a repository as owner/name"

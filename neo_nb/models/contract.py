@@ -139,8 +139,8 @@ def features(
     images: Shaped[Tensor, "b 3 h w"],
     sizes: Int64[Tensor, "b 2"] | None = None,
 ) -> tuple[list[Tensor], tuple[int, int]]:  # Maps (b, d, h, w), fine to coarse; (height, width) of the frame
-    "What the network sees before it decides: to compare crops by."
-    raise NotImplementedError
+    "What the network sees before it decides: to compare crops by. Raises `InputError` where a family has none."
+    raise InputError(f"{self.model_name} gives boxes and no features")
 
 # %% ../../nbs/40_models/06_contract.ipynb #d7eae133
 @cache_by_size
@@ -228,7 +228,7 @@ def fuse(
 def check_unfused(model: DetectionModel) -> None:
     "Raise `InputError` for a copy that `fuse` made."
     if getattr(model, "fused", False):
-        raise InputError("this detector is deployed already", remedy="deploy the one that was trained")
+        raise InputError("this detector is fused already", remedy="fuse the one that was trained")
 
 
 def freeze_for_inference(

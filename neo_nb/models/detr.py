@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['NO_OBJECT', 'VARIANTS', 'FAMILY', 'DETRConfig', 'reference_config', 'DETROutputs', 'DETR', 'match_layers',
-           'sum_losses', 'infer_config', 'convert']
+           'sum_losses', 'infer_config', 'convert', 'check_config']
 
 # %% ../../nbs/40_models/15_detr.ipynb #af93d8d6
 import re
@@ -378,7 +378,7 @@ def infer_config(config: dict) -> DETRConfig:
     names |= {key: key for key in ("encoder_layers", "decoder_layers", "dropout", "num_queries", "dilation")}
     return DETRConfig(**sizes, **{ours: config[theirs] for ours, theirs in names.items() if theirs in config})
 
-
+# %% ../../nbs/40_models/15_detr.ipynb #35fcac69
 def convert(
     tensors: dict[str, Tensor],  # Of a folder that transformers saved
     config: dict,
@@ -397,6 +397,23 @@ def convert(
     return External(new, class_names_of(config), variant, own, (800, 1333))
 
 
+def check_config(
+    config: DETRConfig,
+) -> None:
+    "Raise `InputError` for a backbone that DETR has not, or for weights of it that cannot be had."
+    if config.backbone.startswith("dinov3/"):
+        check_dinov3(config.backbone, config.pretrained)
+    else:
+        check_pretrained(config.backbone, config.pretrained)
+
+
 _PUBLISHED = {f"detr_{own}": f"facebook/detr-resnet-{theirs}"
               for own, theirs in (("r50", "50"), ("r50_dc5", "50-dc5"), ("r101", "101"))}  # fmt: skip
-FAMILY = Family("detr", DETR, DETRConfig, VARIANTS, convert, "Apache-2.0", "arXiv 2005.12872", _PUBLISHED)
+_MEMORY = {
+    "detr_nano": (1, 181, 108),
+    "detr_r50": (42, 1014, 1583),
+    "detr_r101": (60, 1423, 2311),
+}  # frozen norms: fp32
+FAMILY = Family(
+    "detr", DETR, DETRConfig, VARIANTS, convert, check_config, "Apache-2.0", "arXiv 2005.12872", _MEMORY, _PUBLISHED
+)

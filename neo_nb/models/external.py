@@ -38,8 +38,11 @@ class Family:
     config: type  # A frozen dataclass
     variants: Mapping[str, Any]  # Name → configuration
     convert: Callable[[dict[str, Tensor], dict], External | None]  # Tensors and transformers' configuration, as read
+    check: Callable[[Any], None]  # Raises `InputError` for a configuration that cannot be had
     licence: str  # Of the published weights
     source: str  # Paper
+    memory: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)  # Variant → parameters in millions;
+    # bytes per pixel of the input that a training step saves, in fp32 and under autocast
     published: Mapping[str, str] = field(default_factory=dict)  # Variant → repository on the hub with its weights
 
 # %% ../../nbs/40_models/07_external.ipynb #a017d6a1

@@ -76,7 +76,7 @@ def compose_1x1(
 
 
 class FusedCsp(nn.Module):
-    "`CspRepLayer` compose_1x1 `fuse_norms`, with the convolutions of both branches on each of its two maps."
+    "`CspRepLayer` after `fuse_norms`, with the convolutions of both branches on each of its two maps."
 
     def __init__(
         self,

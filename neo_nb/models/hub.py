@@ -21,6 +21,7 @@ import torch
 from ..base.core import InputError, atomic_write, raise_for_disk
 from .contract import DetectionModel
 from .weights import load_model, model_record, read_record, save_weights
+from .zoo import VARIANTS, family_of
 
 # %% ../../nbs/40_models/23_hub.ipynb #21c6ec0c
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -97,8 +98,9 @@ def model_card(
     header = before.data if before else ModelCardData()  # what else the owner says in it stays
     header.library_name, header.pipeline_tag = "neo_nb", "object-detection"
     header.license = licence or header.get("license")
-    others = [tag for tag in header.get("tags") or [] if not tag.startswith("rtdetr")]
-    header.tags = list(dict.fromkeys(["rt-detr", record["model"], *others]))
+    family = family_of(record["model"]).name
+    others = [tag for tag in header.get("tags") or [] if tag not in VARIANTS and tag not in ("rt-detr", family)]
+    header.tags = list(dict.fromkeys([family, record["model"], *others]))
     text = before.text if before else old
     own = f"\n\n{text}" if text.strip() else "\n"
     if YOURS in text:
@@ -107,9 +109,7 @@ def model_card(
 
 
 def _body(record: dict, name: str, licence: str | None) -> str:
-    message = (
-        f"The owner says: {licence}." if licence else "Not stated. Its owner says it by `license:` in the header."
-    )
+    said = f"The owner says: {licence}." if licence else "Not stated. Its owner says it by `license:` in the header."
     data = record.get("data") or "not recorded"
     mark = record.get("fingerprint")
     parts = {
@@ -120,10 +120,10 @@ def _body(record: dict, name: str, licence: str | None) -> str:
         "Data": f"Trained on {_cell(data)}"
         + (f", fingerprint `{_cell(mark)}`." if mark else ", without a fingerprint."),
         "Metrics": metrics_table(record),
-        "Licence": message,
+        "Licence": said,
     }
     title = f"# {name.rstrip('/').split('/')[-1]}\n\nAn object detector, `{record['model']}`, "
-    title += f"{len(record['class_names'])} classes, {record['config']['num_queries']} queries."
+    title += f"{len(record['class_names'])} classes, at most {record['max_dets']} boxes per image."
     return "\n\n".join([title, *(f"## {head}\n\n{text}" for head, text in parts.items())])
 
 # %% ../../nbs/40_models/23_hub.ipynb #64f9cc39

@@ -302,7 +302,7 @@ def sample(
     places: Float[Tensor, "b q heads p 2"],  # x, y as fractions of the network input; level by level
     weights: Float[Tensor, "b q heads p"],  # Summing to 1
     points: Sequence[int],  # How many of the places are on each level
-    check_choice: Callable[[Tensor, Tensor], Tensor] = bilinear,  # or `nearest_tokens`
+    sampler: Callable[[Tensor, Tensor], Tensor] = bilinear,  # or `nearest_tokens`
 ) -> Float[Tensor, "b q d"]:
     "Samples of every head and level, weighted and summed."
     batch, queries, heads = places.shape[:3]
@@ -310,7 +310,7 @@ def sample(
     weights = weights.transpose(1, 2).flatten(0, 1)[:, None]
     found = 0
     for part, at, weight in zip(maps, places.split(points, 2), weights.split(points, 3)):
-        found = found + (check_choice(part, at) * weight).sum(-1)
+        found = found + (sampler(part, at) * weight).sum(-1)
     return found.view(batch, heads, -1, queries).flatten(1, 2).transpose(1, 2)
 
 # %% ../../nbs/40_models/00_layers.ipynb #56cacd02

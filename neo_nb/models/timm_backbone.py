@@ -45,6 +45,7 @@ def packaged_file(
     name: str,  # A timm model
 ) -> Path:
     "The file of weights that an installed package carries. Raises `InputError` when there is none."
+    name = name.partition(".")[0]  # without timm's tag of the weights
     if name not in PACKAGES:
         remedy = f"there is one for {', '.join(PACKAGES)}; else give hub, or a file"
         raise InputError(f"no package carries weights of {name}", "--pretrained package", remedy)
@@ -114,6 +115,8 @@ def make_timm(
     except InputError:
         raise
     except Exception as error:  # of many kinds: no network, no such weights, no permission
+        if pretrained != "hub":
+            raise
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
         remedy = "check the network, or give package or a file"
         raise InputError(f"no weights of {name} from timm's hub ({reason})", "--pretrained hub", remedy) from error

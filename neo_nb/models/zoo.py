@@ -16,10 +16,8 @@ from typing import Any
 from ..base.core import InputError, check_choice
 from . import detr
 from .contract import DetectionModel
-from .dinov3 import check_dinov3
 from .external import Family
 from .rtdetr import convert as rtdetr
-from .timm_backbone import check_pretrained
 
 # %% ../../nbs/40_models/20_zoo.ipynb #a6b54ee0
 FAMILIES: tuple[Family, ...] = (rtdetr.FAMILY, detr.FAMILY)
@@ -44,14 +42,20 @@ def family_of(
 def check_model(
     name: str,  # A model
     loss: str | None = None,  # Of the scores
-    backbone: str | None = None,  # In the place of the model's own
-    pretrained: str | None = None,  # Weights of the backbone
+    **overrides: object,  # Fields of the variant's configuration
 ) -> None:
     "Raise `InputError` for a model that is not known, or for settings that it cannot have."
-    losses = family_of(name).model.losses
-    check_choice(loss or losses[0], losses, f"loss of {name}")
-    backbone = backbone or VARIANTS[name].backbone
-    (check_dinov3 if backbone.startswith("dinov3/") else check_pretrained)(backbone, pretrained)
+    family = family_of(name)
+    check_choice(loss or family.model.losses[0], family.model.losses, f"loss of {name}")
+    family.check(_configured(name, overrides))
+
+
+def _configured(name: str, overrides: dict[str, object]) -> Any:
+    "The configuration of a variant with some of its fields changed."
+    config = VARIANTS[check_choice(name, VARIANTS, "model")]
+    for key in overrides:
+        check_choice(key, [f.name for f in fields(config)], f"setting of {name}")
+    return replace(config, **overrides)
 
 # %% ../../nbs/40_models/20_zoo.ipynb #29b5acd1
 def create_model(
@@ -64,15 +68,13 @@ def create_model(
 ) -> DetectionModel:
     "A detector with fresh weights. Raises `InputError` for unknown names."
     family = family_of(name)
-    config = VARIANTS[check_choice(name, VARIANTS, "model")]
-    for key in overrides:
-        check_choice(key, [f.name for f in fields(config)], f"setting of {name}")
+    config = _configured(name, overrides)
     if num_classes is None and class_names is None:
         raise InputError(f"{name} needs num_classes or class_names")
     num_classes = len(class_names) if num_classes is None else num_classes
     if class_names is not None and len(class_names) != num_classes:
         raise InputError(f"{len(class_names)} class names for {num_classes} classes")
-    model = family.model(num_classes, replace(config, **overrides))
+    model = family.model(num_classes, config)
     model.model_name = name
     model.class_names = tuple(class_names or model.class_names)
     model.category_ids = tuple(category_ids or model.category_ids)

@@ -114,6 +114,8 @@ def read_record(run: str | Path) -> dict:  # Empty when there is none
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
         raise InputError(f"not whole JSON ({error})", path) from error
+    if "artifact" in known.get("config", {}):  # of version 0.1.0
+        known["config"]["detector"] = known["config"].pop("artifact")
     parameters = known.get("parameters", {})
     here = str(Path(run).absolute())  # older records name their own place
     once = parameters.pop("run", None)

@@ -10,6 +10,7 @@ __all__ = ['DEFAULT', 'PLAIN', 'DEIM', 'RECIPES', 'ModelSettings', 'DataSettings
 
 # %% ../../nbs/60_train/00_config.ipynb #62cf79b6
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -35,6 +36,10 @@ class ModelSettings(BaseModel):
     classes: Literal["auto", "by-name", "by-position", "fresh"] = Field(
         "auto", description="with weights: how their classes become these; auto: only where nothing is to guess"
     )
+
+    def model_overrides(self) -> dict[str, Any]:
+        "What is asked of the model's own configuration."
+        return {key: value for key in ("num_queries", "backbone", "pretrained") if (value := getattr(self, key))}
 
     @field_validator("classes")
     @classmethod
@@ -143,11 +148,11 @@ _NANO |= {"cache": True, "warmup": 0.03}
 _MILD: dict[str, Any] = {"schedule": "cosine", "final_lr_fraction": 0.02, "policy": "mild", "no_aug_epochs": 3}
 
 # default: what this project trains with when nothing is said. Larger models: fine-tuning from published weights, the
-# rate in three steps, as in a 72-epoch training at 1080p. rtdetr_nano: a rate that falls all along, mild images;
+# rate in three steps, as in a 72-epoch training at 1080p. The nanos: a rate that falls all along, mild images;
 # rtdetr_lite0: the same, its backbone slower, since it is meant to start from ImageNet weights.
 DEFAULT: dict[str, dict[str, Any]] = {
     "*": {"schedule": "multistep", "warmup": 5 / 72, "no_aug_epochs": 1},
-    "rtdetr_nano": _NANO | _MILD,
+    "*_nano": _NANO | _MILD,
     "rtdetr_lite0": _NANO | _MILD | {"backbone_lr": 2e-4},
 }
 
@@ -156,14 +161,15 @@ DEFAULT: dict[str, dict[str, Any]] = {
 # updates and their average over 10,000 are shares of the run here.
 PLAIN: dict[str, dict[str, Any]] = {
     "*": {"schedule": "constant", "policy": "strong", "no_aug_epochs": 1},
-    "rtdetr_nano": _NANO,
+    "*_nano": _NANO,
 }
 
+# %% ../../nbs/60_train/00_config.ipynb #0c217ed9
 # deim: DEIM for RT-DETRv2-R18 (arXiv 2412.04234): half of all images mosaics and half blended from epoch 4 of 120
 # to 64, nothing but flips before, strong images after, flips alone in the last 3; matchability-aware loss; twice
 # the rate, the backbone at it, flat until epoch 64, then a cosine to half of it where the flips begin.
 DEIM: dict[str, dict[str, Any]] = {
-    "*": {"loss": "mal", "mosaic": 0.5, "mixup": 0.5, "mosaic_range": (4 / 120, 64 / 120), "policy": "strong"}
+    "*": {"mosaic": 0.5, "mixup": 0.5, "mosaic_range": (4 / 120, 64 / 120), "policy": "strong"}
     | {
         "schedule": "flatcosine",
         "flat": 64 / 120,
@@ -172,7 +178,8 @@ DEIM: dict[str, dict[str, Any]] = {
         "backbone_lr": 2e-4,
         "no_aug_epochs": 2,
     },
-    "rtdetr_nano": _NANO | {"policy": "mild", "final_lr_fraction": 0.02},
+    "rtdetr*": {"loss": "mal"},
+    "*_nano": _NANO | {"policy": "mild", "final_lr_fraction": 0.02},
 }
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {"default": DEFAULT, "plain": PLAIN, "deim": DEIM}
@@ -223,7 +230,8 @@ def make_config(
     asked = dict(target or {}) | flags
     name, model = (asked.get(key, TrainConfig.model_fields[key].default) for key in ("recipe", "model"))
     recipe = RECIPES[check_choice(name, RECIPES, "recipe")]
-    layers = recipe["*"] | recipe.get(model, {}) | asked
+    layers = {key: value for pattern, part in recipe.items() if fnmatch(model, pattern) for key, value in part.items()}
+    layers |= asked
     try:
         return TrainConfig(**layers)
     except ValidationError as error:

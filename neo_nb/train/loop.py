@@ -167,8 +167,7 @@ def build_model(config: TrainConfig, table: Annotations) -> DetectionModel:
     if config.compile and config.grad_checkpointing:  # the compiler cannot look into one that keeps the statistics
         remedy = "choose compile for speed, grad_checkpointing for memory"
         raise InputError("compile and grad_checkpointing exclude each other", None, remedy)
-    overrides: dict[str, Any] = {"pretrained": config.pretrained} if config.pretrained else {}
-    overrides |= {key: getattr(config, key) for key in ("num_queries", "backbone") if getattr(config, key)}
+    overrides = config.model_overrides()
     names = {"class_names": table.class_names, "category_ids": table.category_ids}
     model = create_model(config.model, **names, **overrides)
     model.set_loss(config.loss)
