@@ -10,7 +10,7 @@ __all__ = ['MANY', 'PART', 'LabelRows', 'read_label_files']
 # %% ../../nbs/20_data/02_label_files.ipynb #70880509
 import functools
 import multiprocessing
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -165,13 +165,13 @@ def read_label_files(
     try:
         with ProcessPoolExecutor(min(8, count_cores()), multiprocessing.get_context("fork")) as pool:
             done = tqdm(pool.map(read, parts), "labels", len(parts), leave=False, unit=f" x {PART} images")
-            return _merged(done)
+            return _merged(iter(done))
     except BrokenProcessPool as error:
         remedy = "is there memory left? try again with less running"
         raise InputError("a process that read label files was killed", images[0], remedy) from error
 
 
-def _merged(parts: Iterable[tuple[LabelRows, list]]) -> tuple[LabelRows, list]:
+def _merged(parts: Iterator[tuple[LabelRows, list]]) -> tuple[LabelRows, list]:
     "The parts of a split as one."
     whole = LabelRows()
     sizes: list = []
