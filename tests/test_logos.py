@@ -250,14 +250,14 @@ def test_a_run_stopped_around_the_boundary_resumes_exactly(tmp_path, table, stop
     config = small(checkpoint_steps=1, freeze_epochs=1, epochs=2, ema=0.5)
     Trainer(config, tmp_path / "straight", table, table).fit()
     stopped = Trainer(config, tmp_path / "stopped", table, table)
-    update = stopped.update
+    update = stopped.train_step
 
     def stops(batches, stop=False):
         if stopped.progress["step"] == stopped_at:
             raise Stopped
         return update(batches, stop)
 
-    stopped.update = stops
+    stopped.train_step = stops
     with pytest.raises(Stopped):
         stopped.fit()
     resumed = Trainer(config, tmp_path / "stopped", table, table)

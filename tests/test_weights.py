@@ -68,7 +68,7 @@ def test_a_weighted_training_that_was_stopped_ends_as_the_straight_one_bit_for_b
     assert straight.total == 4, "15.5 draws, 16 of them, in fours"
     straight.fit()
 
-    stopped, update = Trainer(config, tmp_path / "stopped", table, table), Trainer.update
+    stopped, update = Trainer(config, tmp_path / "stopped", table, table), Trainer.train_step
 
     def dies(self, *given):
         if self.progress["step"] == 3:
@@ -76,7 +76,7 @@ def test_a_weighted_training_that_was_stopped_ends_as_the_straight_one_bit_for_b
         return update(self, *given)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the power is gone"):
-        patch.setattr(Trainer, "update", dies)
+        patch.setattr(Trainer, "train_step", dies)
         stopped.fit()
     last = tmp_path / "stopped/weights/last.pt"
     assert load_state(last)["position"]["batch"] == 2, "in the middle of an epoch"
