@@ -1955,6 +1955,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'neo_nb.train.loop.build_model': ('60_train/loop.html#build_model', 'neo_nb/train/loop.py'),
                                    'neo_nb.train.loop.chunks': ('60_train/loop.html#chunks', 'neo_nb/train/loop.py'),
                                    'neo_nb.train.loop.make_accelerator': ('60_train/loop.html#make_accelerator', 'neo_nb/train/loop.py'),
+                                   'neo_nb.train.loop.overflow': ('60_train/loop.html#overflow', 'neo_nb/train/loop.py'),
                                    'neo_nb.train.loop.set_arithmetic': ('60_train/loop.html#set_arithmetic', 'neo_nb/train/loop.py'),
                                    'neo_nb.train.loop.train_values': ('60_train/loop.html#train_values', 'neo_nb/train/loop.py')},
             'neo_nb.train.micro_batches': { 'neo_nb.train.micro_batches.Pending': ( '60_train/micro_batches.html#pending',

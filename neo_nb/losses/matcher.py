@@ -101,13 +101,14 @@ def match(
     boxes: Float[Tensor, "l b q 4"],  # cxcywh, fractions of the network input
     targets: tuple[Targets, ...],  # One per image
     weights: tuple[float, float, float] = (2.0, 5.0, 2.0),  # Class, L1, GIoU
+    overflow: bool = False,  # Objects that outnumber the queries stay without one
 ) -> Matches:
     """Give each object the query that fits it best, in every layer anew.
 
     Raises `CapacityError` when an image has more objects than queries, `FloatingPointError` when a cost is not finite."""
     queries = logits.shape[2]
     counts = [len(t) for t in targets]
-    if max(counts, default=0) > queries:
+    if max(counts, default=0) > queries and not overflow:
         image = int(np.argmax(counts))
         what = f"{counts[image]} objects in image {image} of the batch, but only {queries} queries"
         raise CapacityError(what, remedy=f"raise num_queries to {counts[image]} or more")
@@ -128,7 +129,7 @@ def _assign(host: np.ndarray, counts: list[int]) -> np.ndarray:
         for layer in range(host.shape[1] if count else 0):
             found, query = linear_sum_assignment(host[first : first + count, layer])
             order = query.argsort()
-            pairs = [np.full(count, layer), np.full(count, image), query[order], found[order] + first]
+            pairs = [np.full(len(found), layer), np.full(len(found), image), query[order], found[order] + first]
             rows.append(np.stack(pairs))
         first += count
     return np.concatenate(rows, 1).astype(np.int64)

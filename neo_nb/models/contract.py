@@ -62,6 +62,7 @@ class DetectionModel(nn.Module):
         self.num_classes, self.config, self.preprocessing = num_classes, config, preprocessing
         self.model_name = "unnamed"  # set by `create_model`
         self.size: tuple[int, int] | None = None  # (height, width) of the content it was trained at
+        self.allow_overflow = False  # Train on images with more objects than `capacity`; the surplus is not learned
         self.class_names = tuple(f"class_{i}" for i in range(num_classes))
         self.category_ids = tuple(range(1, num_classes + 1))
 

@@ -130,6 +130,9 @@ class TrainConfig(ScheduleSettings):
     max_minutes: float = Field(
         0.0, ge=0, description="the schedule is laid into so many, evaluations included; 0: no limit"
     )
+    allow_overflow: bool = Field(
+        False, description="train although images have more objects than the model has queries"
+    )
     overfit_batches: int = Field(0, ge=0, description="train and evaluate on the first batches alone, unaugmented")
     keep_last: int = Field(0, ge=0, description="besides best and last, keep the newest so many epochs")
     checkpoint_steps: int = Field(0, ge=0, description="also save every so many updates; 0: at epochs")

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from ...base.core import InputError, check_choice
+from ...base.geometry import pad_to
 from ...data.batch import Targets, check_contents, denormalize_boxes
 from ...losses.criterion import Criterion
 from ...losses.denoising import Denoising, make_denoising
@@ -92,8 +93,11 @@ class _Adjustable(DetectionModel):
 
     @property
     def capacity(self) -> int:
-        "A query finds one object."
-        return self.num_queries
+        "A query finds one object; there are no more of them than tokens."
+        if self.size is None:
+            return self.num_queries
+        height, width = pad_to(self.size, self.preprocessing.divisor)
+        return min(self.num_queries, sum((height // s) * (width // s) for s in self.config.strides))
 
     @property
     def max_dets(self) -> int:
@@ -219,7 +223,9 @@ def loss(
         answers = (d.denoising_logits, d.denoising_boxes, outputs.denoising.matches, outputs.denoising.groups)
     proposals = (d.proposal_logits, d.proposal_boxes)
     counts = {"num_boxes": num_boxes, "num_asked": num_asked}
-    terms = self.criterion(d.logits, d.boxes, targets, encoder=proposals, denoising=answers, **counts)
+    terms = self.criterion(
+        d.logits, d.boxes, targets, encoder=proposals, denoising=answers, overflow=self.allow_overflow, **counts
+    )
     if answers is None:
         terms["vfl"] = terms["vfl"] + 0 * self.decoder.denoising_class.weight.sum()
     return terms
