@@ -49,7 +49,12 @@ def describe_model(
 ) -> dict[str, Any]:
     "A row of the catalogue."
     family = family_of(name)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # shapes alone: nothing is allocated or computed
+    from transformers.initialization import no_init_weights
+
+    with (
+        no_init_weights(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):  # shapes alone: nothing is allocated or computed
         model = create_model(name, num_classes)
         flops = count_flops(model, pad_to(size, model.preprocessing.divisor))
     backbone = getattr(model.config, "backbone", "")
