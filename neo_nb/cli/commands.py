@@ -187,6 +187,7 @@ def evaluate(
     precision: Precision = "auto",  # Of the network; auto: fp32 on a CPU, bf16 or fp16 on a GPU
     tile: tuple[int, int] | None = None,  # (height, width) of tiles in pixels of the images; whole when not given
     overlap: float = 0.2,  # With --tile: share of a tile that its neighbour sees too
+    verify: bool = False,  # Compute COCO's numbers again with pycocotools and torchmetrics
 ) -> Result:
     "Score anything that detects on any data set."
     path = find_detector(detector)
@@ -201,8 +202,16 @@ def evaluate(
         "num_workers": num_workers,
         "device": device,
         "precision": precision,
+        "verify": verify,
     }
-    return run_notebook("evaluate", run, parameters)
+    done = run_notebook("evaluate", run, parameters)
+    if verify:
+        import pandas as pd
+
+        compared = pd.read_csv(run / "verification.csv", index_col=0)
+        done.text += f"\n\n{compared.to_string()}"
+        done.data = dict(done.data) | {"verification": compared.to_dict("index")}
+    return done
 
 # %% ../../nbs/90_cli/02_commands.ipynb #7372f8ec
 def export(
