@@ -24,7 +24,8 @@ from neo_nb.train.config import make_config
 from neo_nb.train.trainer import Trainer, train
 
 SMALLEST = ("rtdetr_nano", "detr_nano")
-families = pytest.mark.parametrize("name", SMALLEST)
+WALKED = (*SMALLEST, "dinov3_detr_nano")  # the last with a backbone that is frozen for good
+families = pytest.mark.parametrize("name", WALKED)
 
 
 def neo(*words: object, cwd: Path):
@@ -33,7 +34,7 @@ def neo(*words: object, cwd: Path):
     return ended.stdout
 
 
-@pytest.fixture(scope="module", params=SMALLEST)
+@pytest.fixture(scope="module", params=WALKED)
 def trained(request, tmp_path_factory) -> tuple[str, Path, Path]:
     """A family, a workspace, and a run of two epochs there, of which the second was resumed."""
     folder = place(tmp_path_factory.mktemp(request.param) / "workspace")
@@ -60,8 +61,9 @@ def test_a_training_writes_what_every_training_writes(trained):
 def test_the_other_commands_take_the_run(trained):
     name, folder, run = trained
     number = run.name.partition("-")[0]
-    found = json.loads(neo("evaluate", number, "--json", cwd=folder))
-    assert found["images"] == 4
+    found = json.loads(neo("evaluate", number, "--verify", "--json", cwd=folder))
+    assert found["images"] == 4 and found["verification"]["AP"]["difference"] < 1e-6
+    assert Path(json.loads((Path(found["run"]) / "run.json").read_text())["config"]["detector"]).name == run.name
     out = neo("export", number, "--min-score", "0.0001", cwd=folder)
     assert "export proven" in out
     file = next(folder.glob("reports/*/model.onnx"))
@@ -74,6 +76,8 @@ def test_the_other_commands_take_the_run(trained):
     assert "0 objects gained, 0 lost" in changed
     mined = json.loads(neo("mine", number, "--threshold", "0", "--json", cwd=folder))
     assert mined["name"] == "cells-mined-1"
+    mined = json.loads(neo("mine", Path(found["run"]).name, "--threshold", "0", "--json", cwd=folder))
+    assert mined["name"] == "cells-mined-2"  # the weights of the run that was evaluated
 
 
 def test_its_errors_are_browsed(trained):
