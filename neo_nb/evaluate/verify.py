@@ -36,7 +36,7 @@ def _coco(table: Annotations, boxes: np.ndarray, image_index: np.ndarray, column
     made.createIndex()
     return made
 
-
+# %% ../../nbs/50_evaluate/08_verify.ipynb #4a1b0e45
 def by_pycocotools(
     detections: Detections,
     annotations: Annotations,
