@@ -216,7 +216,7 @@ def evaluate(
 # %% ../../nbs/90_cli/02_commands.ipynb #7372f8ec
 def export(
     detector: str,  # A run or a .safetensors
-    batch: str = "1",  # Images a call: a number, or "dynamic"
+    batch: str = "1",  # Images per call: a number, or "dynamic"
     size: tuple[int, int] | None = None,  # (height, width) of the content; that of the training when not given
     opset: int = 18,  # ONNX operator set, 17 or later
     data: str | None = None,  # Data set that proves it; the one it was trained on when not given

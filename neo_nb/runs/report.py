@@ -37,7 +37,7 @@ CLASS_NUMBERS = ("boxes", "AP", "AP50", "AR", "F1", "threshold", "precision", "r
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     "What was measured: over all, and class by class, the most frequent first."
-    classes = sorted(metrics.get("per_class", {}).items(), key=lambda item: -item[1].get("boxes", 0))
+    classes = sorted(metrics.get("per_class", {}).items(), key=lambda item: -(item[1].get("boxes") or 0))
     small = (n for n, v in metrics.items() if isinstance(v, float) and n not in (*HEADLINE, "iou_threshold"))
     return {
         "metrics": metrics,
@@ -60,7 +60,9 @@ def _evaluated(metrics: Mapping[str, Any]) -> str:
     if "images" not in metrics:
         return ""
     counts = f"{metrics['images']:,} images, {metrics['boxes']:,} boxes"
-    return f"{metrics.get('data', '')}: {counts}, at most {metrics['max_dets']} detections per image and class"
+    return (
+        f"{metrics.get('data', '')}: {counts}, at most {metrics.get('max_dets', '?')} detections per image and class"
+    )
 
 # %% ../../nbs/70_runs/04_report.ipynb #3f4dbd32
 PLOTS = ("pr", "f1", "slices", "costs", "confusion", "calibration")
@@ -220,7 +222,7 @@ def write_report(
     known = read_record(run)
     metrics = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").exists() else {}
     environment = _environment()
-    started = known.get("started", "")[:16].replace("T", " ")
+    started = (known.get("started") or "")[:16].replace("T", " ")
     page = environment.get_template("report.html").render(
         _numbers(metrics),
         run=run.name,

@@ -69,7 +69,7 @@ class DataSettings(ModelSettings):
         (0.0, 1.0),
         description="share of the run from and to which mosaic and mixup are on; flips alone before",
     )
-    num_workers: int = Field(0, ge=0, description="loader processes a training process")
+    num_workers: int = Field(0, ge=0, description="loader processes per training process")
     cache: bool = Field(False, description="keep the scaled images in memory, if they fit")
 
     @field_validator("mosaic_range")
