@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .layers import ConvNorm, checkpointed
+from .layers import STRIDES, ConvNorm, Staged
 
 # %% ../../nbs/40_models/02_hgnet.ipynb #cd9e8d77
 class HgStem(nn.Module):
@@ -104,7 +104,7 @@ class HgStage(nn.Module):
         return self.blocks(self.down(x))
 
 # %% ../../nbs/40_models/02_hgnet.ipynb #32b1e9da
-class HGNetV2(nn.Module):
+class HGNetV2(Staged):
     "Stem and four stages; returns the last maps of the strides requested."
 
     def __init__(
@@ -119,25 +119,14 @@ class HGNetV2(nn.Module):
         self.stem = HgStem(*stem)
         self.stages = nn.ModuleList()
         in_channels = stem[1]
-        count = (4, 8, 16, 32).index(max(strides)) + 1
+        count = STRIDES.index(max(strides)) + 1
         for number, (width, depth, out_channels) in enumerate(zip(inner[:count], blocks, widths)):
             deep = number >= 2  # large kernels, light layers
             self.stages.append(
                 HgStage(in_channels, width, out_channels, depth, 5 if deep else 3, deep, halve=number > 0)
             )
             in_channels = out_channels
-        self.wanted = [(4, 8, 16, 32).index(s) for s in strides]
-        self.strides = list(strides)
-        self.channels = [widths[i] for i in self.wanted]
-        self.grad_checkpointing = False
-
-    def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
-        x = self.stem(x)
-        maps = []
-        for stage in self.stages:
-            x = checkpointed(stage, x, on=self.grad_checkpointing)
-            maps.append(x)
-        return [maps[i] for i in self.wanted]
+        self.want(strides, widths)
 
 # %% ../../nbs/40_models/02_hgnet.ipynb #8776cb20
 HGNETS: dict[str, dict] = {

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .layers import ConvNorm, checkpointed
+from .layers import STRIDES, ConvNorm, Staged
 
 # %% ../../nbs/40_models/01_resnet.ipynb #7c353a57
 class BasicBlock(nn.Module):
@@ -57,7 +57,7 @@ def make_shortcut(in_channels: int, out_channels: int, stride: int, first: bool)
     return nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True), ConvNorm(in_channels, out_channels))
 
 # %% ../../nbs/40_models/01_resnet.ipynb #c7d9cb9d
-class ResNetVd(nn.Module):
+class ResNetVd(Staged):
     "Stem and four stages; returns the last maps of the stages requested."
 
     def __init__(
@@ -78,25 +78,14 @@ class ResNetVd(nn.Module):
         )
         self.stages = nn.ModuleList()
         in_channels = stem
-        count = (4, 8, 16, 32).index(max(strides)) + 1  # later stages would never be seen
+        count = STRIDES.index(max(strides)) + 1  # later stages would never be seen
         for number, (depth, width) in enumerate(zip(depths[:count], widths)):
             blocks = []
             for i in range(depth):
                 blocks.append(block(in_channels, width, 2 if number and i == 0 else 1, first=i == 0))
                 in_channels = width * block.expansion
             self.stages.append(nn.Sequential(*blocks))
-        self.wanted = [(4, 8, 16, 32).index(s) for s in strides]
-        self.strides = list(strides)
-        self.channels = [widths[i] * block.expansion for i in self.wanted]
-        self.grad_checkpointing = False  # compute a stage's inside again in the backward pass
-
-    def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
-        x = self.stem(x)
-        maps = []
-        for stage in self.stages:
-            x = checkpointed(stage, x, on=self.grad_checkpointing)
-            maps.append(x)
-        return [maps[i] for i in self.wanted]
+        self.want(strides, [width * block.expansion for width in widths])
 
 # %% ../../nbs/40_models/01_resnet.ipynb #96800ba3
 RESNETS: dict[str, dict] = {
