@@ -12,18 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from neo_nb.cli import commands, recipe_commands, review_commands
+from neo_nb.cli import commands, recipe_commands, review_commands, tune_command
 from neo_nb.train.config import TrainConfig
 
 RUNS = Path(__file__).resolve().parent.parent / "nbs" / "runs"
 COMMANDS: dict[str, Callable] = {
     "evaluate": commands.evaluate,
     "export": commands.export,
+    "export_tflite": commands.export,
     "benchmark_transformers": commands.benchmark,
     "errors": review_commands.errors,
     "compare_runs": review_commands.compare,
     "mine": recipe_commands.mine,
     "logo": recipe_commands.logo,
+    "tune": tune_command.tune,
 }
 LINE = re.compile(r"(\w+) = (.+?)  # (.+)")
 
@@ -61,9 +63,9 @@ def fresh(name: str, cell: str) -> str:
     if name == "train":
         own = [line for key, line in lines if key not in TrainConfig.model_fields]
         fields = TrainConfig.model_fields.items()
-        set_here = {"model"}  # None for all others: recipe and target decide
+        usual = {"model": "auto"}  # None for all others: recipe and target decide
         return "\n".join(own + [
-            f"{key} = {literal(field.default) if key in set_here else None}  # {field.description}" for key, field in fields
+            f"{key} = {literal(usual.get(key))}  # {field.description}" for key, field in fields
         ])  # fmt: skip
     flags = flags_of(COMMANDS[name])
     return "\n".join(flags.get(key, line) for key, line in lines)

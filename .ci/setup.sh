@@ -10,7 +10,7 @@ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "python3 i
 exec 9>.venv.lock # stays: whoever waits for a removed one would not keep out whoever comes next
 flock 9 2>/dev/null || true # two at once wait for each other
 
-wanted=$(cat pyproject.toml constraints.txt .ci/setup.sh .ci/database.py | sha256sum | cut -c1-16)
+wanted=$(cat pyproject.toml constraints.txt .ci/setup.sh | sha256sum | cut -c1-16)
 if [ -x .venv/bin/python ] && [ ! -e .venv/unfinished ] && [ "$(cat .venv/made-from 2>/dev/null)" = "$wanted" ]; then
   exit 0
 fi
@@ -38,11 +38,16 @@ echo "setup: installing (a few minutes the first time: torch is large)"
 uv=$(command -v uv || true)
 if [ -z "$uv" ] && .venv/bin/python -m pip install -q uv 2>/dev/null; then uv=.venv/bin/uv; fi
 if [ -n "$uv" ]; then
-  UV_LINK_MODE=${UV_LINK_MODE:-copy} "$uv" pip install -q --python .venv/bin/python -c constraints.txt -e '.[dev,pretrained]'
+  UV_LINK_MODE=${UV_LINK_MODE:-copy} "$uv" pip install -q --python .venv/bin/python -c constraints.txt -e '.[all,dev]'
 else
-  .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev,pretrained]'
+  .venv/bin/python -m pip install -q -c constraints.txt -e '.[all,dev]'
 fi
-.venv/bin/python .ci/database.py
+.venv/bin/python - <<'END'
+from neo_nb.review.fiftyone_db import prepare_database
+
+if problem := prepare_database():  # everything but `neo errors` works without
+    print(f"setup: FiftyOne's database cannot start here: {problem}")
+END
 echo "$wanted" > .venv/made-from
 rm -f .venv/unfinished
 echo "setup: done; try  make demo  or  .venv/bin/neo --help"

@@ -35,7 +35,7 @@ SHOWN = {
     "localisation errors": ("localisation",),
     "seen in nothing": ("background",),
 }
-TRAIN = "--data drawn --size 160 256 --epochs 1 --passes-per-epoch 16 --batch-size 8 --num-queries 100 --tracker none --cache"
+TRAIN = "--data drawn --model rtdetr_nano --size 160 256 --epochs 1 --passes-per-epoch 16 --batch-size 8 --num-queries 100 --tracker none --cache"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 
 from neo_nb.base.annotations import Annotations
 from neo_nb.base.core import InputError
+from neo_nb.runs.pilot import check_capacity
 from neo_nb.train.config import make_config
 from neo_nb.train.loop import overflow
 from neo_nb.train.trainer import Trainer
@@ -62,6 +63,14 @@ def test_a_crowd_beyond_the_queries_is_refused_or_let_through(table, tmp_path, c
     whole = {"size": (192, 320)}  # RT-DETR has no more queries than tokens: 315 at 96 x 160
     every = trained(table, tmp_path / "every", model=model, num_queries=400, **whole)
     assert math.isfinite(every.history[0]["loss"]) and every.history[0]["AP"] >= 0
+
+
+def test_a_pilot_trains_and_its_page_says_so(table, tmp_path):
+    pilot = trained(table, tmp_path / "pilot", model="rtdetr_nano", num_queries=100, pilot=True, freeze_epochs=3)
+    assert math.isfinite(pilot.history[0]["loss"]) and pilot.config.freeze_epochs == 0
+    assert pilot.loader.counts["images"] == 4, "the fullest image among them"
+    found = check_capacity(table, pilot.model, pilot.config.allow_overflow)
+    assert not found.passed and "291 boxes" in found.found
 
 
 def test_the_regions_of_a_crowd_are_no_objects(table, tmp_path):

@@ -15,11 +15,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from neo_nb.base.core import workspace_root
 from neo_nb.cli.main import COMMANDS, main
 from neo_nb.runs.run import check_parameters, execute, new_run, read_record
 
-ROOT = workspace_root(Path(__file__).parent)
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +176,8 @@ def test_models_are_a_table(neo):
     status, out, _ = neo("models", "rtdetr_n*", "detr_r50", "--size", 320, 320, "--json")
     rows = {row["model"]: row for row in json.loads(out)["models"]}
     assert status == 0 and list(rows) == ["rtdetr_nano", "detr_r50"]
-    assert rows["detr_r50"]["weights"] == "facebook/detr-resnet-50 (Apache-2.0)"
+    assert (rows["detr_r50"]["weights"], rows["detr_r50"]["licence"]) == ("facebook/detr-resnet-50", "Apache-2.0")
+    assert (rows["detr_r50"]["COCO AP"], rows["rtdetr_nano"]["COCO AP"]) == (42.0, "")
     assert 1 < rows["rtdetr_nano"]["GFLOPs"] < 3
     refused(neo("models", "yolo11n"), "no model is called 'yolo11n'")
 

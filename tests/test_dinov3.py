@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,3 +85,38 @@ def test_a_folder_of_something_else_is_refused_before_a_run_begins(published, tm
     (published / "config.json").write_text(json.dumps(config | {"hidden_size": 60}))
     with pytest.raises(InputError, match="tensors do not fit"):
         load_vit(make_vit(sizes_of(published)), published)
+
+
+def test_low_rank_updates_learn_layer_by_layer_and_go_on_only_where_they_have_a_place(tmp_path):
+    from neo_nb.models import create_model, load_weights, save_weights
+
+    torch.manual_seed(0)
+    tuned = create_model("dinov3_rtdetr_nano", class_names=("cell",), lora=4)
+    with torch.no_grad():
+        for name, p in tuned.named_parameters():
+            if ".lora_b" in name:
+                p.normal_(std=0.1)
+    images, found, calls = torch.rand(1, 3, 64, 96), [], []
+    for layer in tuned.backbone.vit.modules():
+        if type(layer).__name__ == "DINOv3ViTAttention":
+            layer.register_forward_hook(lambda *_: calls.append(1))
+    for on in (False, True):
+        tuned.set_grad_checkpointing(on)
+        tuned.train().zero_grad()
+        torch.manual_seed(1)
+        calls.clear()
+        tuned(images).boxes.sum().backward()
+        found.append((len(calls), {n: p.grad for n, p in tuned.named_parameters() if ".lora_" in n}))
+    assert (found[0][0], found[1][0]) == (4, 8), "computed again in the backward pass"
+    assert all(torch.allclose(found[0][1][name], grad, atol=1e-6) for name, grad in found[1][1].items())
+
+    tuned.preprocessing = replace(tuned.preprocessing, resize="stretch")
+    save_weights(tuned, tmp_path / "tuned.safetensors")
+    load_weights(create_model("dinov3_rtdetr_nano", class_names=("cell",), lora=4), tmp_path / "tuned.safetensors")
+    for rank in (0, 2):
+        other = create_model("dinov3_rtdetr_nano", class_names=("cell",), lora=rank)
+        with pytest.raises(InputError, match="low-rank updates of rank 4"):
+            load_weights(other, tmp_path / "tuned.safetensors")
+    save_weights(create_model("dinov3_rtdetr_nano", class_names=("cell",)), tmp_path / "plain.safetensors")
+    report = load_weights(tuned, tmp_path / "plain.safetensors")
+    assert "resize letterbox instead of stretch" in report.contract

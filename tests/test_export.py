@@ -63,7 +63,9 @@ def test_a_dynamic_batch_of_any_number_says_what_torch_says(tmp_path, name, opse
         assert np.abs(predicted[0] - boxes)[clear].max() < 0.02, "pixels"
     reference, images = TorchDetector(model, SIZE), list(inputs(5)[0][:, :, : SIZE[0]].permute(0, 2, 3, 1).numpy())
     for count in (1, 2, 5):
-        found = compare(reference(images), detector(images, batch_size=count), min_score=0.02)
+        found = compare(
+            reference.detect_images(images), detector.detect_images(images, batch_size=count), min_score=0.02
+        )
         assert found["agreement"] == 1 and found["score_difference"] < 1e-4 and found["detections"] > 100, found
 
 
@@ -125,7 +127,7 @@ def test_a_file_with_other_weights_fails_and_the_message_says_what_where_and_wha
 
 
 def detections(model, path: Path) -> tuple:
-    return TorchDetector(model, SIZE)(photos(4)), load_detector(path)(photos(4))
+    return TorchDetector(model, SIZE).detect_images(photos(4)), load_detector(path).detect_images(photos(4))
 
 
 def shifted(model, by: float):

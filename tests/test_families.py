@@ -23,8 +23,8 @@ from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config
 from neo_nb.train.trainer import Trainer, train
 
-SMALLEST = ("rtdetr_nano", "detr_nano")
-WALKED = (*SMALLEST, "dinov3_detr_nano")  # the last with a backbone that is frozen for good
+SMALLEST = ("rtdetr_nano", "detr_nano", "rtmdet_nano")
+WALKED = (*SMALLEST, "dinov3_detr_nano", "dinov3_rtdetr_nano")  # the last two with a backbone that is frozen for good
 families = pytest.mark.parametrize("name", WALKED)
 
 
@@ -34,12 +34,24 @@ def neo(*words: object, cwd: Path):
     return ended.stdout
 
 
+def few(name: str) -> list[object]:
+    """Words that keep a transformer's queries few; a dense detector has none."""
+    return [] if name.startswith("rtmdet") else ["--num-queries", 20]
+
+
+def queries(name: str) -> dict[str, int]:
+    """The same as an override."""
+    return {"num_queries": 20} if few(name) else {}
+
+
 @pytest.fixture(scope="module", params=WALKED)
 def trained(request, tmp_path_factory) -> tuple[str, Path, Path]:
     """A family, a workspace, and a run of two epochs there, of which the second was resumed."""
     folder = place(tmp_path_factory.mktemp(request.param) / "workspace")
-    small = "--data cells --passes-per-epoch 1 --batch-size 2 --size 64 96 --tracker none --target cpu --cache"
-    neo("train", *small.split(), "--model", request.param, "--epochs", 2, "--num-queries", 20, cwd=folder)
+    # a dense detector's fresh boxes are all alike, and which of them is suppressed hangs on the last bit
+    passes = 12 if request.param.startswith("rtmdet") else 1
+    small = f"--data cells --passes-per-epoch {passes} --batch-size 2 --size 64 96 --tracker none --target cpu --cache"
+    neo("train", *small.split(), "--model", request.param, "--epochs", 2, *few(request.param), cwd=folder)
     return request.param, folder, next(folder.glob("reports/0001-*"))
 
 
@@ -64,16 +76,24 @@ def test_the_other_commands_take_the_run(trained):
     found = json.loads(neo("evaluate", number, "--verify", "--json", cwd=folder))
     assert found["images"] == 4 and found["verification"]["AP"]["difference"] < 1e-6
     assert Path(json.loads((Path(found["run"]) / "run.json").read_text())["config"]["detector"]).name == run.name
-    out = neo("export", number, "--min-score", "0.0001", cwd=folder)
+    least = "0.002" if name.startswith("rtmdet") else "0.0001"
+    out = neo("export", number, "--min-score", least, cwd=folder)
     assert "export proven" in out
     file = next(folder.glob("reports/*/model.onnx"))
     assert load_detector(file).record["model"] == name
+    if name.startswith("rtmdet"):
+        told = neo("export", number, "--to", "tflite", "--min-score", least, cwd=folder)
+        assert "export proven" in told and " by " in told
+        small = next(folder.glob("reports/*/model.tflite"))
+        assert json.loads(neo("evaluate", small, "--data", "cells", "--json", cwd=folder))["images"] == 4
     neo("predict", file, folder / "data/cells/images/0.jpg", cwd=folder)
     neo("predict", number, folder / "data/cells/images/0.jpg", cwd=folder)
-    timed = neo("benchmark", number, cwd=folder)
-    assert "images/s" in timed
+    if name in SMALLEST:
+        assert "images/s" in neo("benchmark", number, cwd=folder)
     changed = neo("compare", number, number, cwd=folder)
     assert "0 objects gained, 0 lost" in changed
+    if name not in SMALLEST:
+        return  # what is mined depends on detections alone
     mined = json.loads(neo("mine", number, "--threshold", "0", "--json", cwd=folder))
     assert mined["name"] == "cells-mined-1"
     mined = json.loads(neo("mine", Path(found["run"]).name, "--threshold", "0", "--json", cwd=folder))
@@ -99,7 +119,7 @@ def test_a_run_that_is_cut_and_resumed_is_the_straight_one_bit_for_bit(name, tmp
     folder = place(tmp_path / "workspace")
     monkeypatch.setenv("NEO_ROOT", str(folder))
     monkeypatch.setenv("NEO_DATA", str(folder / "data"))
-    more = {"model": name, "size": (64, 96), "passes_per_epoch": 1, "batch_size": 2, "num_queries": 20}
+    more = {"model": name, "size": (64, 96), "passes_per_epoch": 1, "batch_size": 2} | queries(name)
     more |= {"tracker": "none", "device": "cpu", "precision": "fp32", "grad_accum_steps": 2, "policy": "none"}
     more |= {"schedule": "constant", "warmup": 0.0}  # which do not know how long the training is
     cells = table(folder)
@@ -109,8 +129,8 @@ def test_a_run_that_is_cut_and_resumed_is_the_straight_one_bit_for_bit(name, tmp
     first = Trainer(make_config(**more, epochs=2), tmp_path / "cut", cells, cells)
     saved = first.evaluate_epoch
 
-    def stop(tracker):
-        metrics = saved(tracker)
+    def stop():
+        metrics = saved()
         if first.progress["epoch"] == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return metrics
@@ -130,7 +150,7 @@ def test_a_run_that_is_cut_and_resumed_is_the_straight_one_bit_for_bit(name, tmp
 @families
 def test_weights_are_read_back_and_go_on_with_other_classes(name, tmp_path):
     torch.manual_seed(0)
-    model = create_model(name, class_names=("a", "b", "c"), num_queries=20).eval()
+    model = create_model(name, class_names=("a", "b", "c"), **queries(name)).eval()
     model.size = (64, 96)
     save_weights(model, tmp_path / "x.safetensors")
     again, record = load_model(tmp_path / "x.safetensors")
@@ -138,14 +158,14 @@ def test_weights_are_read_back_and_go_on_with_other_classes(name, tmp_path):
     with torch.no_grad():
         assert torch.equal(model(images).boxes, again(images).boxes)
     assert record["config"] == json.loads(json.dumps(asdict(model.config)))
-    other = create_model(name, class_names=("c", "d"), num_queries=20)
+    other = create_model(name, class_names=("c", "d"), **queries(name))
     report = load_weights(other, tmp_path / "x.safetensors", "by-name")
     heads = [key for key in other.state_dict() if key.startswith(model.class_heads)]
     assert set(report.by_class) == set(heads) and report.fresh_classes == ("1 d",)
     for key in heads:
         assert torch.equal(other.state_dict()[key][0], model.state_dict()[key][2]), key
     with pytest.raises(InputError, match="choose --classes"):
-        load_weights(create_model(name, class_names=("d",), num_queries=20), tmp_path / "x.safetensors")
+        load_weights(create_model(name, class_names=("d",), **queries(name)), tmp_path / "x.safetensors")
 
 
 @families
@@ -156,9 +176,9 @@ def test_a_detection_is_the_same_alone_and_among_images_of_other_shapes(name):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 255, (h, w, 3), np.uint8) for h, w in ((90, 160), (160, 90), (33, 200), (8, 8))]
     detector = TorchDetector(model)
-    together = detector(images)
+    together = detector.detect_images(images)
     for number, image in enumerate(images):
-        one, other = detector([image]), together.for_image(number)
+        one, other = detector.detect_images([image]), together.for_image(number)
         assert np.abs(np.sort(one.scores) - np.sort(other.scores)).max() < 1e-5
         assert (one.boxes_xyxy <= np.array(image.shape[1::-1] * 2) + 1e-3).all()
 

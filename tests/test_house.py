@@ -51,7 +51,7 @@ ORDER = re.compile(r"\d\d_([a-z][a-z0-9_]*)")  # two digits, then the name of th
 
 
 def module_of(path: Path) -> str:
-    "nbs/20_data/07_manifest.ipynb is neo_nb.data.manifest; 99_init is the package itself."
+    "nbs/20_data/08_manifest.ipynb is neo_nb.data.manifest; 99_init is the package itself."
     parts = path.relative_to(ROOT / "nbs").with_suffix("").parts
     assert all(ORDER.fullmatch(part) for part in parts), f"{path}: two digits, an underscore, the module's name"
     names = [ORDER.fullmatch(part)[1] for part in parts]

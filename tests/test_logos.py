@@ -197,10 +197,10 @@ def test_a_held_backbone_is_equal_bit_for_bit_and_moves_afterwards(tmp_path, tab
     heads = parts(trainer.model.state_dict(), "rest")
     evaluate_epoch = trainer.evaluate_epoch
 
-    def watched(tracker):
+    def watched():
         snapshots.append((trainer.model.state_dict(), trainer.ema.model.state_dict()))
         snapshots[-1] = tuple({k: v.clone() for k, v in state.items()} for state in snapshots[-1])
-        return evaluate_epoch(tracker)
+        return evaluate_epoch()
 
     trainer.evaluate_epoch = watched
     trainer.fit()

@@ -18,7 +18,8 @@ from neo_nb.cli.main import main
 from neo_nb.data.coco import write_coco
 from neo_nb.data.hard_negatives import read_mined
 from neo_nb.data.loader import make_loader, read_image
-from neo_nb.data.manifest import Manifest, Split, load_dataset, load_manifest, write_manifest
+from neo_nb.data.manifest import load_dataset
+from neo_nb.data.manifest_file import Manifest, Split, load_manifest, write_manifest
 from neo_nb.data.near_duplicates import find_copies
 from neo_nb.data.validate import check_dataset
 from neo_nb.deploy.detector import TorchDetector

@@ -58,13 +58,13 @@ def test_every_form_finds_the_same(family, resize, tmp_path):
     model.preprocessing, model.size = replace(model.preprocessing, resize=resize), size
     contents = {pad_to(fit(image.shape[:2], size, resize), 32) for image in images}
     assert resize == "stretch" or len(contents) > 2  # images that would have frames of their own
-    alone = rows(Eager(model)(images, batch_size=1), images)
+    alone = rows(Eager(model).detect_images(images, batch_size=1), images)
     assert sum(map(len, alone)) > 50
     export_onnx(model, tmp_path / "model.onnx", batch=3)
     forms = {
-        "a batch of mixed shapes": Eager(model)(images, batch_size=7),
-        "fused": TorchDetector(model)(images, batch_size=4),
-        "ONNX": OnnxDetector(tmp_path / "model.onnx")(images),
+        "a batch of mixed shapes": Eager(model).detect_images(images, batch_size=7),
+        "fused": TorchDetector(model).detect_images(images, batch_size=4),
+        "ONNX": OnnxDetector(tmp_path / "model.onnx").detect_images(images),
     }
     for form, found in forms.items():
         apart = [distance(one, other) for one, other in zip(alone, rows(found, images))]

@@ -11,7 +11,6 @@ from test_tiles import smooth
 
 from neo_nb.base.annotations import Annotations
 from neo_nb.base.boxes import box_iou
-from neo_nb.base.core import workspace_root
 from neo_nb.base.detections import Detections
 from neo_nb.cli.main import main
 from neo_nb.data.loader import read_image
@@ -20,7 +19,7 @@ from neo_nb.deploy.detector import Detector, load_detector
 from neo_nb.deploy.merge_tiles import to_image_coords
 from neo_nb.deploy.tiled import TiledDetector
 
-ROOT = workspace_root(Path(__file__).parent)
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Eye(Detector):
@@ -33,7 +32,7 @@ class Eye(Detector):
         super().__init__(contract | {"model": "eye", "config": {"num_queries": 300}}, (64, 64))
         self.looks = []
 
-    def __call__(self, images, batch_size=None):
+    def detect_images(self, images, batch_size=None):
         self.looks.append([image.shape[:2] for image in images])
         rows = []
         for number, image in enumerate(images):
@@ -73,7 +72,7 @@ def test_slices_find_every_patch_once(tmp_path, monkeypatch, whole, large):
                         np.zeros((0, 4)), [], ("a", "b"), root=tmp_path)  # fmt: skip
     eye = Eye()
     sliced = TiledDetector(eye, (100, 120), 0.2, whole)
-    for found in (sliced(photos, batch_size=3), sliced.predict(table, batch_size=3, progress=False)):
+    for found in (sliced.detect_images(photos, batch_size=3), sliced.predict(table, batch_size=3, progress=False)):
         assert found.num_images == 6
         for row in range(6):
             assert same_set(found.for_image(row), truth[row].astype(float), labels[row])
@@ -104,16 +103,16 @@ def test_without_overlap_objects_inside_tiles_are_what_each_tile_says():
         boxes += [apart(rng, (90, 110), 6, 6, 40, gap=3).round() + np.tile((x1 + 5, y1 + 5), 2)]
     boxes = np.concatenate(boxes).astype(int)
     image = painted(rng, size, boxes, rng.integers(0, 2, len(boxes)))
-    predicted = TiledDetector(Eye(), tile, 0.0, whole=False)([image])
-    alone = Eye()([image[y1:y2, x1:x2] for x1, y1, x2, y2 in windows.tolist()])
+    predicted = TiledDetector(Eye(), tile, 0.0, whole=False).detect_images([image])
+    alone = Eye().detect_images([image[y1:y2, x1:x2] for x1, y1, x2, y2 in windows.tolist()])
     moved = alone.boxes_xyxy + np.tile(windows[alone.image_index, :2], 2)
 
     def rows(boxes, scores, labels):
         return sorted(map(tuple, np.column_stack([boxes, scores, labels]).tolist()))
 
-    assert len(predicted) == len(boxes) > 50
+    assert predicted.num_boxes == len(boxes) > 50
     assert rows(predicted.boxes_xyxy, predicted.scores, predicted.labels) == rows(moved, alone.scores, alone.labels)
-    assert rows(predicted.boxes_xyxy, predicted.scores, predicted.labels) == rows(*(getattr(Eye()([image]), k) for k in (
+    assert rows(predicted.boxes_xyxy, predicted.scores, predicted.labels) == rows(*(getattr(Eye().detect_images([image]), k) for k in (
         "boxes_xyxy", "scores", "labels"))), "and what is seen in the whole image"  # fmt: skip
 
 
@@ -121,10 +120,10 @@ def test_without_overlap_a_slice_says_what_the_tile_alone_says(tmp_path):
     detector = load_detector(tiny(tmp_path))
     image = smooth(np.random.default_rng(0), (200, 290))
     sliced = TiledDetector(detector, (100, 145), 0.0, whole=False, lowest=0.0)
-    predicted, inside, cut = sliced([image]), [], []
+    predicted, inside, cut = sliced.detect_images([image]), [], []
     for window in sliced.windows((200, 290)).tolist():
         x1, y1, x2, y2 = window
-        moved, frames = to_image_coords(detector([image[y1:y2, x1:x2]]), np.array([window]), (200, 290))
+        moved, frames = to_image_coords(detector.detect_images([image[y1:y2, x1:x2]]), np.array([window]), (200, 290))
         whole = np.isnan(frames).all(1)
         cut.append(moved.boxes_xyxy[~whole])  # joined with what the neighbour says
         inside.append(moved.select(np.flatnonzero(whole)).nms(0.6))
@@ -137,8 +136,8 @@ def test_without_overlap_a_slice_says_what_the_tile_alone_says(tmp_path):
             assert (abs(predicted.scores[near] - score) < 1e-4).sum() == 1, (box, score)
             compared += 1
     assert compared >= 10
-    one = TiledDetector(detector, (500, 500), lowest=0.0)([image])
-    direct = detector([image])
+    one = TiledDetector(detector, (500, 500), lowest=0.0).detect_images([image])
+    direct = detector.detect_images([image])
     assert np.array_equal(one.boxes_xyxy, direct.boxes_xyxy) and np.array_equal(one.scores, direct.scores)
 
 
@@ -203,7 +202,7 @@ def test_a_data_set_in_tiles_is_a_data_set(neo, tmp_path):
 
 
 @pytest.mark.parametrize("words, told", [
-    (("--tile", 8, 8), "at least 32"), (("--tile", 64, 64, "--overlap", 1), "0..1"), (("--tile", 64), "tile"),
+    (("--tile", 8, 8), "at least 32"), (("--tile", 64, 64, "--overlap", 1), "0..1"), (("--tile", "64x48"), "which of them is the height"),
 ])  # fmt: skip
 def test_tiles_that_cannot_be_are_refused_before_anything_starts(neo, tmp_path, words, told):
     (tmp_path / "place" / "data_manifests" / "crowd.yaml").write_text(SCENES)
@@ -231,8 +230,8 @@ def test_predict_and_evaluate_in_tiles(neo, tmp_path):
     found = json.loads(out)
     sliced = TiledDetector(load_detector(weights), (96, 96), 0.2)
     for path, image in zip(files, found["images"]):
-        direct = sliced([read_image(path)]).filter(0.001)
-        assert len(direct) == len(image["detections"]) > 0
+        direct = sliced([read_image(path)], threshold=0.001)
+        assert direct.num_boxes == len(image["detections"]) > 0
         boxes = np.array([one["box"] for one in image["detections"]])
         assert boxes == pytest.approx(direct.boxes_xyxy, abs=0.02)
     status, out, err = neo("evaluate", weights, "--data", "crowd", "--tile", 96, 128, "--overlap", 0.25, "--json")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from neo_nb.base.annotations import Annotations
-from neo_nb.base.core import InputError, workspace_root
+from neo_nb.base.core import InputError
 from neo_nb.data.loader import read_image
 from neo_nb.data.tiles import SMALL, make_tiles, parse_tile_id, tile_grid, tile_id, tile_table
 
-ROOT = workspace_root(Path(__file__).parent)
+ROOT = Path(__file__).resolve().parent.parent
 
 
 # windows

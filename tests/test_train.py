@@ -140,7 +140,7 @@ def test_the_schedule_is_laid_into_the_time_there_is(tmp_path, table, capsys):
         "no_aug_epochs": 8,
         "lr": 1e-3,
         "backbone_lr": 1e-3,
-        "max_minutes": 0.4,
+        "minutes": 0.4,
     }
     trainer = Trainer(
         small(**more, schedule="cosine", final_lr_fraction=0.02, num_workers=0), tmp_path / "run", table, table
@@ -172,7 +172,7 @@ def test_the_schedule_is_laid_into_the_time_there_is(tmp_path, table, capsys):
 def test_enough_time_changes_nothing(tmp_path, table):
     config = {"epochs": 2, "policy": "mild", "no_aug_epochs": 1}
     train(small(**config), tmp_path / "free", table, table)
-    timed = train(small(**config, max_minutes=60), tmp_path / "timed", table, table)
+    timed = train(small(**config, minutes=60), tmp_path / "timed", table, table)
     one, two = (tensors(load_state(tmp_path / name / "weights/last.pt")) for name in ("free", "timed"))
     assert [key for key in one if not torch.equal(one[key], two[key])] == [] and timed["ended"] == "epochs"
 

@@ -21,7 +21,7 @@ WORKER = Path(__file__).with_name("update_worker.py")
 
 def difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
     """Norm of the difference as a share of the first one's norm."""
-    assert one.keys() == two.keys() and len(one) > 150
+    assert one.keys() == two.keys() and len(one) > 90
     a, b = (torch.cat([x[key].flatten().double() for key in one]) for x in (one, two))
     return ((a - b).norm() / a.norm()).item()
 

@@ -90,6 +90,22 @@ def test_a_shared_memory_that_others_fill_does_not_stop_it(images):
     assert done.stderr.count("pipes") == 1 and "of 64 MiB free" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_worker_that_came_too_late_leaves_no_file(images):
+    """There was room when it looked, and none when it wrote."""
+    done = child(
+        """
+        import torch
+        from neo_nb.data import workers
+        workers.get_worker_info, workers._shared = (lambda: True), (lambda: (float("inf"), ""))
+        packed = workers._hand_over({"images": torch.ones(2**21)})
+        print(type(packed["images"]).__name__, packed["images"].min(), os.listdir("/dev/shm"))
+        """,
+        images,
+        mib=4,
+    )
+    assert done.stdout.strip() == "ndarray 1.0 []", done.stdout + done.stderr
+
+
 def test_training_processes_share_what_there_is(images):
     """The start of each sees all of it as free."""
     code = "print(loader(world_size=2).num_workers, loader(world_size=8).num_workers)"

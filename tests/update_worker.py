@@ -60,7 +60,9 @@ def same_denoising(whole: list) -> Any:
     return draw
 
 
-def make_loop(folder: Path, counts: tuple[int, ...] = (1, 60, 1, 1), num_denoising: int = 100, **config) -> Loop:
+def make_loop(
+    folder: Path, counts: tuple[int, ...] = (1, 60, 1, 1), num_denoising: int | None = 100, **config
+) -> Loop:
     """A loop over all images of `crowds`, unaugmented, with neither clipping nor learning norms."""
     table = crowds(folder / "images", counts)
     base = dict(
@@ -74,7 +76,8 @@ def make_loop(folder: Path, counts: tuple[int, ...] = (1, 60, 1, 1), num_denoisi
     )
     base |= dict(device="cpu", max_grad_norm=0.0, freeze_norms=True, policy="none", no_aug_epochs=0, overfit_batches=4)
     loop = Loop(make_config(**(base | config)), folder / "run", table, table)
-    loop.model.config = replace(loop.model.config, num_denoising=num_denoising)
+    if num_denoising is not None:
+        loop.model.config = replace(loop.model.config, num_denoising=num_denoising)
     loop.model.train()
     return loop
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -22,6 +22,9 @@ from numpy.typing import ArrayLike
 
 from .boxes import box_area
 from .core import InputError, atomic_write
+
+if TYPE_CHECKING:
+    pass
 
 # %% ../../nbs/00_base/04_annotations.ipynb #be7ec7b8
 @dataclass(frozen=True, eq=False)
@@ -151,9 +154,11 @@ class ImageAnnotations:
 @patch
 def __getitem__(
     self: Annotations,
-    index: int,  # Row of the image; from the end below 0
-) -> ImageAnnotations:
-    "What the table knows of one image. Raises `IndexError` when there is no such row."
+    index: int | slice | ArrayLike,  # Row of the image, from the end below 0; or a slice, a list of rows, a mask
+) -> "ImageAnnotations | Annotations":  # One image, or a table of some
+    "What the table knows of one image, or of some. Raises `IndexError` when there is no such row."
+    if isinstance(index, slice) or np.ndim(index):
+        return self.select(np.arange(len(self))[index if isinstance(index, slice) or np.size(index) else []])
     index = range(len(self))[index]
     s = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
     h, w = self.sizes[index]

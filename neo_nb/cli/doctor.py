@@ -21,7 +21,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..base.core import InputError, settings, workspace_root
+from ..base.core import InputError, find_workspace, settings
+from ..base.workspace import checkout
 from ..review.fiftyone_db import database_problem
 
 # %% ../../nbs/90_cli/00_doctor.ipynb #c3d75d8a
@@ -84,6 +85,8 @@ def check_shared_memory() -> Finding:
 # %% ../../nbs/90_cli/00_doctor.ipynb #6d10597b
 def check_disk() -> list[Finding]:
     "Room for runs and data."
+    if find_workspace(Path.cwd()) is None:
+        return []
     found = []
     for key in ("reports", "data"):
         path = Path(settings()[key])
@@ -121,20 +124,25 @@ def check_gpu() -> Finding:
     return Finding("gpu", "ok", f"{'; '.join(message.splitlines())}; target {target.name}, {target.precision}")
 
 # %% ../../nbs/90_cli/00_doctor.ipynb #f7a1b002
+def _setup() -> str:
+    "What installs what should be here."
+    return "make setup" if checkout() else "pip install --upgrade neo_nb"
+
+
 def check_torch() -> Finding:
     "torch and torchvision, which must fit each other."
     torch, vision = _version("torch"), _version("torchvision")
     if not torch or not vision:
-        return Finding("torch", "lack", f"torch {torch}, torchvision {vision}", "make setup")
+        return Finding("torch", "lack", f"torch {torch}, torchvision {vision}", _setup())
     if not torch.startswith("2."):
-        return Finding("torch", "warn", f"{torch} has not been tried", "make setup")
+        return Finding("torch", "warn", f"{torch} has not been tried", _setup())
     return Finding("torch", "ok", f"{torch}, torchvision {vision}")
 
 
 def check_onnx() -> Finding:
     "ONNX Runtime and what it can run on."
     if not importlib.util.find_spec("onnxruntime"):
-        return Finding("onnxruntime", "lack", "not installed", "make setup")
+        return Finding("onnxruntime", "lack", "not installed", _setup())
     import onnxruntime
 
     providers = ", ".join(p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers())
@@ -152,15 +160,16 @@ def check_packages() -> Finding:
     wrong = [f"{r.name} {_version(r.name) or 'missing'} (wants {r.specifier})" for r in wanted
              if not r.specifier.contains(_version(r.name) or "0", prereleases=True)]  # fmt: skip
     if wrong:
-        return Finding("packages", "lack", "; ".join(wrong), "make setup")
+        return Finding("packages", "lack", "; ".join(wrong), _setup())
     return Finding("packages", "ok", f"all {len(wanted)} that are needed")
 
 
 def check_constraints() -> Finding:
     "Versions known to work together."
-    path = workspace_root() / "constraints.txt"
-    if not path.is_file():
-        return Finding("constraints", "note", "no constraints.txt here")
+    root = checkout()
+    if root is None:
+        return Finding("constraints", "note", "an installed package brings no list of known-good versions")
+    path = root / "constraints.txt"
     pairs = (line.split("#")[0].strip().split("==") for line in path.read_text().splitlines())
     known = {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
     other = [
@@ -171,14 +180,16 @@ def check_constraints() -> Finding:
     if other:
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""
         return Finding(
-            "constraints", "note", f"differ: {', '.join(other[:3])}{more}", "make setup, if something misbehaves"
+            "constraints", "note", f"differ: {', '.join(other[:3])}{more}", f"{_setup()}, if something misbehaves"
         )
     return Finding("constraints", "ok", f"{len(known)} known-good versions")
 
-
+# %% ../../nbs/90_cli/00_doctor.ipynb #b4dfe6ec
 def check_data() -> Finding:
     "Data sets that are here."
-    from neo_nb.data.manifest import list_datasets, load_manifest
+    if find_workspace(Path.cwd()) is None:
+        return Finding("workspace", "note", f"none at {Path.cwd()}", "neo init FOLDER")
+    from neo_nb.data.manifest_file import list_datasets, load_manifest
 
     here, absent = [], []
     for name in list_datasets():
@@ -201,7 +212,7 @@ def check_extras() -> list[Finding]:
     names = {"tensorrt": "for engines on this machine's GPU", "tensorrt_rtx": "for engines built without the card"}
     for name, purpose in names.items():
         version = _version(name) or (importlib.util.find_spec(name) and "installed")
-        extra = f"pip install -e '.[{name.replace('_', '-')}]'"
+        extra = f'pip install "neo_nb[{name.replace("_", "-")}]"'
         found.append(
             Finding(
                 name, "ok" if version else "note", version or f"not installed ({purpose})", "" if version else extra

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ..base.core import InputError, workspace_root
 from ..base.devices import Precision, check_device
-from .commands import Result, check_data, check_tile, find_detector, relative, run_about, run_notebook
+from ..base.extras import require
+from .commands import TRAINING, Result, check_data, check_tile, relative, run_about, run_notebook
 
 # %% ../../nbs/90_cli/05_recipe_commands.ipynb #01ec8084
 def _check(
@@ -34,7 +35,7 @@ def _check(
 
 # %% ../../nbs/90_cli/05_recipe_commands.ipynb #8e1bba68
 def mine(
-    run: str,  # The run (or .safetensors) whose errors are mined
+    run: str,  # The run (number, name, path, last, best) or .safetensors whose errors are mined
     split: str = "train",  # Split that is looked through; never one that is measured on
     data: str | None = None,  # Data set; the one the run was trained on when not given
     images: str | None = None,  # A folder of images without objects, looked through too
@@ -52,10 +53,12 @@ def mine(
     precision: Precision = "auto",  # Of the network; auto: fp32 on a CPU, bf16 or fp16 on a GPU
 ) -> Result:
     "Confident false positives into a manifest that draws them more often."
+    from neo_nb.data.image_inputs import find_images
     from neo_nb.review.mining import require_trainable_split
-    from neo_nb.runs.predict import find_images
+    from neo_nb.runs.run import open_run
 
-    path = find_detector(run)
+    # a run is taken as it is: one that was evaluated in tiles is mined in tiles
+    path = (Path(run) if Path(run).is_file() else open_run(run, need="weights")).absolute()
     require_trainable_split(split)
     check_tile(tile, overlap)
     check_device(device)
@@ -95,6 +98,7 @@ def logo(
     from neo_nb.recipes.small_objects import STEPS, choose_steps
     from neo_nb.runs.run import new_run, open_run, read_record
 
+    require(*TRAINING)
     if resume:
         run = open_run(resume)
         given = read_record(run).get("parameters", {})

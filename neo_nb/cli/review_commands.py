@@ -15,11 +15,12 @@ from typing import Any
 
 from ..base.core import InputError, atomic_write
 from ..base.devices import Precision, check_device
-from .commands import Result, check_port, relative, run_notebook
+from ..base.extras import require
+from .commands import Result, check_port, has_display, relative, run_notebook, ssh_line
 
 # %% ../../nbs/90_cli/04_review_commands.ipynb #47a5baa0
 def errors(
-    run: str,  # A run that was trained or evaluated: path, name or number
+    run: str,  # A run that was trained or evaluated: number, name, path, last or best
     threshold: float | None = None,  # Score from which detections count; where F1 is best when not given
     iou_threshold: float = 0.5,  # An object is found from this overlap on
     features: bool = True,  # Place errors on a map by the detector's own features
@@ -33,7 +34,8 @@ def errors(
     from neo_nb.review.fiftyone_db import open_database
     from neo_nb.runs.run import new_run, open_run, read_record
 
-    of = open_run(run).absolute()
+    require("fiftyone")
+    of = open_run(run, need="detections").absolute()
     check_device(device)
     if pull:
         return _pull(open_database(), of)
@@ -88,6 +90,8 @@ def _serve(name: str, port: int) -> Result:
         what = f"FiftyOne's App did not start within {PATIENCE} seconds"
         raise InputError(what, name, "try again, or another --port") from error
     print(f"{name}: http://127.0.0.1:{port}/datasets/{name}   (Ctrl-C ends it; tags stay)", flush=True)
+    if not has_display():
+        print(f"from another machine: {ssh_line(port)}   and open the address above there", flush=True)
     try:
         status = server.wait()
         return Result(f"FiftyOne's server ended by itself, exit status {status}", status=1)
@@ -109,14 +113,14 @@ def _end(server: Any, patience: float = 10.0) -> None:
 
 # %% ../../nbs/90_cli/04_review_commands.ipynb #48c9c942
 def compare(
-    first: str,  # A run that was evaluated: path, name or number
+    first: str,  # A run that was evaluated: number, name, path, last or best
     second: str,  # Another one, on the same images
     draws: int = 200,  # How often images are drawn again for the intervals
 ) -> Result:
     "Two runs on the same images: is one better, and where."
     from neo_nb.runs.run import new_run, open_run
 
-    runs = [open_run(name).absolute() for name in (first, second)]
+    runs = [open_run(name, need="detections").absolute() for name in (first, second)]
     for folder in runs:
         if not (folder / "detections.npz").is_file():
             raise InputError("this run has no detections", folder, "neo evaluate RUN, and take the run that it makes")

@@ -8,40 +8,39 @@ Data sets by name, readers and writers of four formats, and the loader: the name
 __all__ = []
 
 # %% ../../nbs/20_data/99_init.ipynb #6ba2604e
-from .augment import make_transform
-from .batch import Batch, Targets
-from .coco import read_coco, write_coco
-from .dice import read_dice, write_dice
-from .importer import import_dataset
-from .loader import make_loader, read_image
-from .manifest import list_datasets, load_dataset, load_manifest
-from .resize import prepare
-from .tiles import make_tiles, tile_grid
-from .validate import check_dataset
-from .voc import read_voc, write_voc
-from .yolo import read_yolo, write_yolo
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
 
 # %% ../../nbs/20_data/99_init.ipynb #18031cf0
-__all__ = [
-    "Batch",
-    "Targets",
-    "check_dataset",
-    "import_dataset",
-    "list_datasets",
-    "load_dataset",
-    "load_manifest",
-    "make_loader",
-    "make_tiles",
-    "make_transform",
-    "prepare",
-    "read_coco",
-    "read_dice",
-    "read_image",
-    "read_voc",
-    "read_yolo",
-    "tile_grid",
-    "write_coco",
-    "write_dice",
-    "write_voc",
-    "write_yolo",
-]
+_PLACES = {
+    "augment": "make_transform",
+    "batch": "Batch Targets",
+    "coco": "read_coco write_coco",
+    "dice": "read_dice write_dice",
+    "importer": "import_dataset",
+    "loader": "make_loader read_image",
+    "manifest": "load_dataset",
+    "manifest_file": "list_datasets load_manifest",
+    "resize": "prepare",
+    "split": "split_dataset",
+    "tiles": "make_tiles tile_grid",
+    "validate": "check_dataset",
+    "voc": "read_voc write_voc",
+    "yolo": "read_yolo write_yolo",
+}
+_PLACES = {name: place for place, names in _PLACES.items() for name in names.split()}
+__all__ = sorted(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    "A public name, from its chapter when it is first used: a list of data sets needs no torch."
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"neo_nb.data.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

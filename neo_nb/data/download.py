@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ..base.core import InputError, atomic_write, raise_for_disk
-from .manifest import Archive, Manifest, load_manifest
+from .manifest_file import Archive, Manifest, load_manifest
 
 # %% ../../nbs/20_data/21_download.ipynb #16a09f1e
 class _Broken(Exception):

@@ -136,18 +136,18 @@ MANY = 2000  # Images from which on they are read by several processes
 PART = 256  # Images read at a time by one of them
 
 
-def _read_part(images: list[str], classes: int, tolerance: float) -> tuple[LabelRows, list]:
+def _read_part(files: list[tuple[str, str]], classes: int, tolerance: float) -> tuple[LabelRows, list]:
     "Labels and sizes of some images; what is wrong with an image in place of its size."
     found = LabelRows()
     sizes: list[tuple[int, int] | str] = []
-    for number, image in enumerate(images):
+    for number, (image, label) in enumerate(files):
         try:
             sizes.append(image_size(image))
         except InputError as error:
             sizes.append(error.what)
         found.digests[image] = digest_of(str(sizes[-1]).encode())
         if not isinstance(sizes[-1], str):
-            _label_file(label_name(image), number, found, classes, tolerance)
+            _label_file(label, number, found, classes, tolerance)
     found.rows = [np.concatenate(found.rows)] if found.rows else []  # one array goes from process to process
     return found, sizes
 
@@ -156,9 +156,11 @@ def read_label_files(
     images: list[str],  # Paths; the labels of each are where `label_name` says
     classes: int,  # How many there are
     tolerance: float = 0.001,  # How far a value may lie outside 0..1
+    labels: list[str] | None = None,  # The label file of each image; where `label_name` says when None
 ) -> tuple[LabelRows, list[tuple[int, int] | str]]:  # Rows; each image's (height, width), or what is wrong with it
     "All images, by several processes when they are many, with a bar."
-    parts = [images[start : start + PART] for start in range(0, len(images), PART)]
+    pairs = list(zip(images, map(label_name, images) if labels is None else labels))
+    parts = [pairs[start : start + PART] for start in range(0, len(pairs), PART)]
     read = functools.partial(_read_part, classes=classes, tolerance=tolerance)
     if len(images) < MANY or "fork" not in multiprocessing.get_all_start_methods():
         return _merged(map(read, parts))

@@ -68,11 +68,13 @@ def prepare(
 def size_for(
     annotations: Annotations,
     max_side: int,  # The longer side in pixels
+    by_orientation: bool = False,  # Upright images will have the size turned: their proportions are those of lying ones
 ) -> tuple[int, int]:  # (height, width); the padding comes later
     "The content size with the data's median proportions."
     if not len(annotations):
         raise InputError("no image to take the proportions from", annotations.name or None, "give the size")
     heights, widths = np.asarray(annotations.sizes, float).T
-    aspect = float(np.median(widths / heights))
+    aspects = widths / heights
+    aspect = float(np.median(np.maximum(aspects, 1 / aspects) if by_orientation else aspects))
     shorter = max(1, round(max_side / max(aspect, 1 / aspect)))
     return (shorter, max_side) if aspect >= 1 else (max_side, shorter)

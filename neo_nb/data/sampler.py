@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..base.core import derive_seed
 
@@ -51,24 +52,59 @@ class EpochBatchSampler:
     epoch: int = 0
     start_batch: int = 0
     weights: np.ndarray | None = None  # Of each image; None: all 1. Only with `shuffle`
+    across: np.ndarray | None = None  # Of each image, bool: stands across the sizes, has them turned; None: none has
 
     def __len__(self) -> int:
         "Batches of a whole epoch."
-        together = self.batch_size * self.world_size
-        whole, rest = divmod(self.images if self.weights is None else epoch_length(self.weights), together)
+        parts = [self.images if self.weights is None else epoch_length(self.weights)]
+        if self.across is not None and not self.shuffle:
+            parts = [self.images - int(self.across.sum()), int(self.across.sum())]
+        return sum(self._count(images) for images in parts)
+
+    def _count(self, images: int) -> int:
+        "Batches of this rank that so many images make."
+        whole, rest = divmod(images, self.batch_size * self.world_size)
         enough = self.world_size if self.shuffle else self.rank + 1  # in training every rank has the same number
         return whole + int(rest >= enough and not self.drop_last)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int, int, int]]]:
-        rows = np.arange(self.images)
-        if self.weights is not None:
-            rows = drawn(self.weights, derive_seed(self.seed, "draws", self.epoch))
-        copies = np.arange(len(rows)) - np.searchsorted(rows, rows)  # rows rise: how many of the same stand before
-        order = np.arange(len(rows))
-        if self.shuffle:
-            order = np.random.default_rng(derive_seed(self.seed, "order", self.epoch)).permutation(len(rows))
-        together = self.batch_size * self.world_size
-        for number in range(self.start_batch, len(self)):
-            some = order[number * together : (number + 1) * together][self.rank :: self.world_size]
-            h, w = self.sizes[derive_seed(self.seed, "size", self.epoch, number) % len(self.sizes)]
-            yield [(self.epoch, int(rows[i]), h, w, int(copies[i])) for i in some]
+# %% ../../nbs/20_data/16_sampler.ipynb #fd554da4
+@patch
+def __iter__(self: EpochBatchSampler) -> Iterator[list[tuple[int, int, int, int, int]]]:
+    rows = np.arange(self.images)
+    if self.weights is not None:
+        rows = drawn(self.weights, derive_seed(self.seed, "draws", self.epoch))
+    copies = np.arange(len(rows)) - np.searchsorted(rows, rows)  # rows rise: how many of the same stand before
+    order = np.arange(len(rows))
+    if self.shuffle:
+        order = np.random.default_rng(derive_seed(self.seed, "order", self.epoch)).permutation(len(rows))
+    across = np.zeros(len(rows), bool) if self.across is None else self.across[rows]
+    batches = self._batches(order, across[order])
+    for number in range(self.start_batch, len(batches)):
+        h, w = self.sizes[derive_seed(self.seed, "size", self.epoch, number) % len(self.sizes)]
+        if 2 * across[batches[number]].sum() > len(batches[number]):
+            h, w = w, h
+        yield [(self.epoch, int(rows[i]), h, w, int(copies[i])) for i in batches[number][self.rank :: self.world_size]]
+
+
+@patch
+def _batches(
+    self: EpochBatchSampler,
+    order: np.ndarray,  # Of the epoch
+    across: np.ndarray,  # In that order, bool: has the size turned
+) -> list[np.ndarray]:  # Of all ranks together
+    "An order, cut into batches."
+    together = self.batch_size * self.world_size
+    parts = [order]
+    if self.across is not None and self.shuffle:
+        kept = self._count(len(order)) * together  # what an epoch leaves out goes first, so that it may be any image
+        order, across = order[:kept], across[:kept]
+        parts = [np.concatenate([order[~across], order[across]])]
+    elif self.across is not None:
+        parts = [order[~across], order[across]]
+    batches = [
+        part[number * together : (number + 1) * together] for part in parts for number in range(self._count(len(part)))
+    ]
+    if self.across is not None and self.shuffle:
+        seed = derive_seed(self.seed, "batches", self.epoch)
+        batches = [batches[i] for i in np.random.default_rng(seed).permutation(len(batches))]
+    return batches

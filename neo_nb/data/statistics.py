@@ -20,7 +20,7 @@ import numpy as np
 from ..base.annotations import Annotations
 from ..base.boxes import clip_boxes, degenerate
 from ..base.core import InputError, atomic_write
-from ..base.draw import draw_boxes, encode, grid, save_image
+from ..base.draw import THICK, draw_boxes, encode, fit_height, grid, save_image
 from .loader import read_image
 
 # %% ../../nbs/20_data/20_statistics.ipynb #a70a91c8
@@ -134,8 +134,9 @@ def sheet(
     for row in sorted(rows.tolist()):
         one = annotations[row]
         boxes = clip_boxes(one.boxes_xyxy, one.size)
-        image = read_image(one.path, one.size)
-        images.append(draw_boxes(image, boxes, one.labels, annotations.class_names, iscrowd=one.iscrowd))
+        image, scale = fit_height(read_image(one.path, one.size))
+        names = annotations.class_names
+        images.append(draw_boxes(image, boxes * scale, one.labels, names, iscrowd=one.iscrowd, thick=THICK))
         captions.append(f"{one.image_id}  {one.path.name}  {len(boxes)} boxes")
     return grid(images, columns, 400, captions)
 

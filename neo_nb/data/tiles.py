@@ -26,7 +26,8 @@ from ..base.draw import save_image
 from .coco import write_coco
 from .hard_negatives import read_mined, write_mined
 from .loader import read_image
-from .manifest import Manifest, Split, compute_fingerprint, read_split, write_manifest
+from .manifest import compute_fingerprint, read_split
+from .manifest_file import Manifest, Split, write_manifest
 
 # %% ../../nbs/20_data/19_tiles.ipynb #5cad6c13
 def _starts(length: int, tile: int, overlap: float) -> np.ndarray:

@@ -9,6 +9,7 @@ __all__ = ['SHARED', 'PATIENCE', 'room', 'Stream']
 
 # %% ../../nbs/20_data/17_workers.ipynb #579bb7eb
 import multiprocessing
+import re
 import shutil
 import signal
 import sys
@@ -61,8 +62,9 @@ def _hand_over(packed: dict) -> dict:
         if _shared()[0] > images.nbytes + 2**16:
             images.share_memory_()
             return packed
-    except RuntimeError:  # another was quicker, or there are too many open files
-        pass
+    except RuntimeError as error:  # another was quicker, or there are too many open files
+        if made := re.search(r"<(/torch_\w+)>", str(error)):  # PyTorch leaves the empty file behind
+            SHARED.joinpath(made[1].strip("/")).unlink(missing_ok=True)
     return packed | {"images": images.numpy()}
 
 

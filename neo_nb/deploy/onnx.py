@@ -86,6 +86,7 @@ def export_onnx(
     max_dets = max_dets or model.max_dets
     proto = _to_onnx(model, size, batch, max_dets, opset)
     record = model_record(model, **more) | {"size": list(size), "batch": batch, "max_dets": max_dets, "opset": opset}
+    record["contract"] |= {"by_orientation": False}  # a file has one frame
     _describe(proto, record)
     with atomic_write(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
@@ -226,7 +227,12 @@ class Bound:
     share: float  # Least share of the detections with a partner, 0..1
 
 
-BOUNDS = {"fp32": Bound(1e-3, 0.995), "fp16": Bound(0.02, 0.99), "bf16": Bound(0.05, 0.97)}
+BOUNDS = {
+    "fp32": Bound(1e-3, 0.995),
+    "fp16": Bound(0.02, 0.99),
+    "bf16": Bound(0.05, 0.97),
+    "int8": Bound(0.02, 0.99),  # of a file and of torch that computes as it does, in eight bits
+}
 VERDICTS = ("proven", "differs", "not proven")
 
 
@@ -260,28 +266,33 @@ def worst_images(
     return sorted(rows.items(), key=lambda row: -len(row[1]))[:count]
 
 
-def _told(item: dict) -> str:
+def _told(item: dict, runtime: str) -> str:
     "One detection that differs, in words."
     where = f"{item['class']} {item['score']:.3f} at {item['box']}"
-    sides = {"first": "torch alone has", "second": "ONNX alone has", "both": "both have"}
-    return f"{sides[item['in']]} {where}" + (f", ONNX with {item['other_score']:.3f}" if item["in"] == "both" else "")
+    sides = {"first": "torch alone has", "second": f"{runtime} alone has", "both": "both have"}
+    return f"{sides[item['in']]} {where}" + (
+        f", {runtime} with {item['other_score']:.3f}" if item["in"] == "both" else ""
+    )
 
 
 def verdict_text(
     proof: dict,  # From `prove`
     ids: Sequence[object] | None = None,  # What to call each image; its row when None
+    runtime: str = "ONNX",  # What runs the file
 ) -> str:
     "A verdict and its reason, as a sentence."
     told = f"{proof['verdict']}: "
     if proof["verdict"] == VERDICTS[2]:
-        return told + f"neither torch nor ONNX found anything above {proof['min_score']:g}, so nothing was compared"
+        return (
+            told + f"neither torch nor {runtime} found anything above {proof['min_score']:g}, so nothing was compared"
+        )
     total = proof["detections"]
     alike = proof["detections"] - proof["unmatched"] - proof["apart"]
     told += f"{alike:,} of {total:,} detections above {proof['min_score']:g} agree ({proof['agreement']:.2%}, "
     told += f"needed {proof['share']:.1%}); scores of pairs differ by {proof['score_difference']:.2g} at most"
     for row, items in worst_images(proof) if proof["verdict"] == VERDICTS[1] else ():
         name = row if ids is None else ids[row]
-        told += f"; image {name}: {len(items)} differ, {_told(items[0])}"
+        told += f"; image {name}: {len(items)} differ, {_told(items[0], runtime)}"
     return told
 
 # %% ../../nbs/65_deploy/04_onnx.ipynb #bded23f6
@@ -289,20 +300,21 @@ UNPROVEN = ".unproven.onnx"  # How a file ends until it is proven
 
 
 def settle(
-    file: str | Path,  # Ends in `UNPROVEN`
+    file: str | Path,  # Ends in `UNPROVEN`, or in .unproven.tflite
     proof: dict,  # From `prove`
     ids: Sequence[object] | None = None,  # What to call each image; its row when None
+    runtime: str = "ONNX",  # What runs the file
 ) -> Path:  # The file under its own name
     "Give a proven file its name; raise `NotProven` for any other, and leave it where and as it is."
     file = Path(file)
-    if not file.name.endswith(UNPROVEN):
-        raise InputError(f"a file that is to be proven ends in {UNPROVEN}", file)
+    if file.suffixes[-2:-1] != [".unproven"]:
+        raise InputError(f"a file that is to be proven ends in {UNPROVEN} or the like", file)
     if proof["verdict"] != VERDICTS[0]:
         remedy = "prove it on images with objects (data, split), with a lower min_score, or train longer"
         if proof["verdict"] == VERDICTS[1]:
             remedy = "look at the images named; do not deploy it; report it with the model, the size and this message"
-        raise NotProven(f"{verdict_text(proof, ids)}; the file is kept as {file}; what to do: {remedy}")
-    return file.replace(file.with_name(file.name.removesuffix(UNPROVEN) + ".onnx"))
+        raise NotProven(f"{verdict_text(proof, ids, runtime)}; the file is kept as {file}; what to do: {remedy}")
+    return file.replace(file.with_name(file.name.removesuffix("".join(file.suffixes[-2:])) + file.suffix))
 
 # %% ../../nbs/65_deploy/04_onnx.ipynb #c398cf04
 def _milliseconds(run: Callable[[Batch], object], batch: Batch, repeats: int) -> float:
@@ -330,9 +342,9 @@ def verify_onnx(
     detector = load_detector(path)
     if detector.class_names != tuple(model.class_names):
         raise InputError(f"detects {list(detector.class_names)}, the model {list(model.class_names)}", path)
-    reference: Detector = TorchDetector(model, detector.size)
-    predicted = detector(images)
-    expected = reference(images).top_k(detector.record["max_dets"])
+    reference: Detector = TorchDetector(model, detector.size, detector.record)  # in the file's one frame
+    predicted = detector.detect_images(images)
+    expected = reference.detect_images(images).top_k(detector.record["max_dets"])
     result = prove(expected, predicted, precision, min_score) | {"images": len(images)}
     size = detector.batch or 1
     batch = prepare([images[i % len(images)] for i in range(size)], detector.size, detector.divisor, detector.resize)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..base.annotations import Annotations
 from ..base.core import InputError
 from ..base.detections import Detections, concat
+from ..data.image_inputs import TableImages
 from ..data.tiles import RegionReader, tile_grid
 from .detector import Detector
 from .merge_tiles import Method, merge_tiles, to_image_coords
@@ -72,7 +73,7 @@ def _detect(
     parts = []
     for start in range(0, len(windows), step):
         some = windows[start : start + step]
-        found = self.inner([read(window) for window in some]).filter(self.lowest)
+        found = self.inner.detect_images([read(window) for window in some]).filter(self.lowest)
         parts.append(Detections(found.image_index + start, found.boxes_xyxy, found.scores, found.labels, len(windows),
                                 found.class_names))  # fmt: skip
     found = concat(parts)
@@ -83,22 +84,22 @@ def _detect(
 
 def _placed(one: Detections, row: int, images: int) -> Detections:
     "Detections of one image as those of image `row` of many."
-    index = np.full(len(one), row)
+    index = np.full(one.num_boxes, row)
     return Detections(index, one.boxes_xyxy, one.scores, one.labels, images, one.class_names)
 
 # %% ../../nbs/65_deploy/02_tiled.ipynb #d7580117
 @patch
-def __call__(
+def detect_images(
     self: TiledDetector,
     images: Sequence[np.ndarray],  # RGB uint8, height x width x 3, of any sizes
     batch_size: int | None = None,  # Tiles at once; 8 when None
-) -> Detections:  # One image each, in the order given
-    "Detect in images."
+) -> Detections:  # Of each image in the order given
+    "Detect in images that are in memory."
 
     def cut(image: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         return lambda w: image[w[1] : w[3], w[0] : w[2]]
 
-    parts = [Detections.empty(len(images), self.class_names)]
+    parts = [Detections.empty(len(images), self.class_names, self.category_ids)]
     for row, image in enumerate(images):
         parts.append(_placed(_detect(self, cut(image), image.shape[:2], batch_size), row, len(images)))
     return concat(parts)
@@ -114,9 +115,9 @@ def predict(
 ) -> Detections:
     "Detect in every image of a table; images too big to hold are read by region."
     count = len(annotations)
-    parts = [Detections.empty(len(annotations), self.class_names)]
+    parts = [Detections.empty(len(annotations), self.class_names, self.category_ids)]
     for row in tqdm(range(count), desc="predict", unit="image", disable=not progress, leave=False):
         known = annotations[row]
         regions = RegionReader(known.path, known.size)
         parts.append(_placed(_detect(self, regions.read, regions.size, batch_size), row, count))
-    return concat(parts)
+    return concat(parts, TableImages(annotations))

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..base.annotations import Annotations
 from ..base.core import InputError
-from ..base.detections import Detections
+from ..base.detections import Detections, check_tables
 from .coco_metrics import RIGHT, UNCOUNTED, WRONG, accumulate
 from .matching import Pairs, iou_pairs, match_greedy
 from .operating_point import match_detections
@@ -49,7 +49,8 @@ def any_class(
     iou_threshold: float,  # The lowest overlap of interest, above 0
 ) -> tuple[Pairs, Detections, Annotations]:  # Pairs speak of places in `rows`; both tables as if of one class
     "Pairs of some detections with objects of any class, crowd regions left out."
-    some = replace(detections.select(rows), labels=np.zeros(len(rows), np.int32), class_names=("any",))
+    some = detections.select(rows)
+    some = replace(some, labels=np.zeros(len(rows), np.int32), class_names=("any",), category_ids=())
     there = replace(annotations, labels=np.zeros_like(annotations.labels), class_names=("any",), category_ids=())
     pairs = iou_pairs(some, there, iou_threshold, max(len(rows), 1))
     real = ~annotations.iscrowd[pairs.truth]
@@ -74,14 +75,15 @@ def find_errors(
     max_dets: int = 100,  # Detections that count, for each class in each image
 ) -> Errors:
     "Say of every detection and every object what became of it. Raises `InputError` when the tables do not fit."
+    check_tables(detections, annotations)
     background_iou = min(0.1, iou_threshold / 2) if background_iou is None else background_iou
     if not 0 < background_iou < iou_threshold:
         raise InputError(f"background_iou {background_iou} must be above 0 and below iou_threshold {iou_threshold}")
     high = np.flatnonzero(detections.scores >= np.float32(score_threshold))
     matches = match_detections(detections.select(high), annotations, iou_threshold, max_dets)
-    kind = np.full(len(detections), NOT_COUNTED, np.uint8)
-    truth = np.full(len(detections), -1)
-    iou = np.zeros(len(detections), np.float32)
+    kind = np.full(detections.num_boxes, NOT_COUNTED, np.uint8)
+    truth = np.full(detections.num_boxes, -1)
+    iou = np.zeros(detections.num_boxes, np.float32)
     kind[high[~matches.ignored]] = IS_RIGHT
     truth[high] = matches.truth
     rows = high[(matches.truth < 0) & ~matches.ignored]

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..base.annotations import Annotations
 from ..base.core import InputError
-from ..base.detections import Detections
+from ..base.detections import Detections, check_tables
 
 # %% ../../nbs/50_evaluate/00_matching.ipynb #5c92d99f
 def check_pair(
@@ -23,6 +23,7 @@ def check_pair(
     annotations: Annotations,
 ) -> None:
     "Raise `InputError` unless both speak of the same images and the same classes."
+    check_tables(detections, annotations)
     where = annotations.name or None
     if detections.num_images != len(annotations):
         raise InputError(f"detections of {detections.num_images} images, annotations of {len(annotations)}", where)

@@ -39,7 +39,7 @@ def match_detections(
     taken = match_greedy(pairs, detections, annotations, (iou_threshold,))
     took = taken.truth[0]
     excused = (took >= 0) & annotations.iscrowd[took] if len(took) else took.astype(bool)
-    truth = np.full(len(detections), -1)
+    truth = np.full(detections.num_boxes, -1)
     found = np.zeros(len(annotations.labels), bool)
     truth[taken.detection] = np.where(excused, -1, took)
     ignored = turns(detections) >= max_dets

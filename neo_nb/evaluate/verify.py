@@ -53,7 +53,7 @@ def by_pycocotools(
         "score": d.scores.astype(float),
         "area": areas,
         "category_id": d.labels + 1,
-        "iscrowd": np.zeros(len(d), int),
+        "iscrowd": np.zeros(d.num_boxes, int),
     }
     with contextlib.redirect_stdout(io.StringIO()):
         run = COCOeval(

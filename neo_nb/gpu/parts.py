@@ -38,6 +38,8 @@ class Bench:
     rounds: int = 100  # Calls of each competitor
     small: tuple[int, tuple[int, int]] = (240, (360, 640))  # Drawn scenes for the nano: how many, (height, width)
     large: tuple[int, tuple[int, int]] = (240, (1080, 1920))  # … and for the small model
+    frozen: tuple[str, ...] = ("dinov3_detr", "dinov3_rtdetr")  # Detectors on a frozen ViT-L
+    frame: tuple[int, int] = (960, 1536)  # (height, width) that they are trained at
     num_workers: int = 12
     minutes: float = 0.7  # Of the nano's training
     backend: str = "inductor"  # Of torch.compile
@@ -61,6 +63,7 @@ def rehearsed(say: Callable[..., None], left: Callable[[], float], folder: Path)
     scenes = (8, (64, 96))
     sizes: dict[str, Any] = {"models": (nano, nano), "sizes": ((64, 96),), "batches": (2,), "rounds": 3}
     sizes |= {"small": scenes, "large": scenes, "num_workers": 0, "minutes": 0.05, "backend": "eager"}
+    sizes |= {"frozen": ("dinov3_detr_nano", "dinov3_rtdetr_nano"), "frame": (64, 96)}
     return Bench(say, left, folder, "cpu", **sizes)
 
 # %% ../../nbs/85_gpu/00_parts.ipynb #6cb0d326

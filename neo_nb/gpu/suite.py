@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from ..base.core import InputError, atomic_write, check_choice, workspace_root
+from ..base.workspace import checkout
 from . import parts as parts
 from . import trials as trials
 
@@ -45,7 +46,7 @@ class Part:
 
 def marked(bench: parts.Bench) -> None:
     "Every cell marked `gpu` in the chapters, and the tests that need a card."
-    root = workspace_root()
+    root = checkout() or workspace_root()
     for path in sorted(root.glob("nbs/**/*.ipynb")):
         for name, source in marked_cells(path):
             at = {"cell": str(path.relative_to(root)), "first_line": source.splitlines()[1][:80]}
@@ -89,6 +90,7 @@ PARTS = {
     "marked": Part(marked, "Cells and tests that need a card", 45),
     "step": Part(parts.step, "A training step", 75),
     "latencies": Part(parts.latencies, "Inference, one image", 75),
+    "frozen": Part(trials.frozen, "A frozen ViT-L at 960 x 1536", 60),
     "out_of_memory": Part(trials.out_of_memory, "A batch that does not fit", 25),
     "killed": Part(trials.killed, "Killed and resumed", 45),
     "loading": Part(trials.loading, "The loader against the step", 40),

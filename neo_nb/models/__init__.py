@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../../nbs/40_models/99_init.ipynb #83fc2230
 import neo_nb.models.fuse  # noqa: F401  gives RTDETR its fuse()
+import neo_nb.models.int8  # noqa: F401  gives RTMDet its quantise()
 from .hub import from_pretrained, push_to_hub, save_pretrained
 from .weights import load_model, load_weights, save_weights
 from .zoo import create_model, list_models

@@ -12,6 +12,7 @@ import json
 import re
 from pathlib import Path
 from typing import Literal
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..base.core import InputError
 
 # %% ../../nbs/40_models/03_checkpoint_files.ipynb #8d8fe268
-Kind = Literal["ours", "external", "hub", "onnx"]
+Kind = Literal["ours", "external", "hub", "onnx", "tflite"]
 _IN_FOLDER = (
     "model.safetensors",
     "weights/best.safetensors",
@@ -54,7 +55,7 @@ def resolve_weights(
         what = "no weights in this folder (best.safetensors, last.safetensors)"
         raise InputError(what, path, "has the run trained an epoch?")
     if not path.is_file():
-        known = path.suffix in (".safetensors", ".onnx", ".pth", ".pt", ".bin") or path.parent.is_dir()
+        known = path.suffix in (".safetensors", ".onnx", ".tflite", ".pth", ".pt", ".bin") or path.parent.is_dir()
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not known:
             return "hub", path
         raise InputError(
@@ -64,22 +65,22 @@ def resolve_weights(
         return ("ours" if _is_ours(path) else "external"), path
     if path.suffix in (".pth", ".pt", ".bin"):
         return "external", path
-    if path.suffix == ".onnx":
-        return "onnx", path
+    if path.suffix in (".onnx", ".tflite"):
+        return ("onnx" if path.suffix == ".onnx" else "tflite"), path
     what = f"{path.suffix or 'a file without suffix'} is no detector"
-    raise InputError(what, path, "known: .safetensors, .onnx, .pth, a run folder, a transformers folder")
+    raise InputError(what, path, "known: .safetensors, .onnx, .tflite, .pth, a run folder, a transformers folder")
 
 # %% ../../nbs/40_models/03_checkpoint_files.ipynb #0f09f181
 def read_checkpoint(
     source: str | Path,  # A transformers folder, a hub repository ("PekingU/rtdetr_v2_r18vd"), or a .pth
-) -> tuple[dict[str, Tensor], dict]:  # Tensors and transformers' configuration, both as they are there
+) -> tuple[dict[str, Tensor], dict]:  # Tensors and transformers' configuration, as they are there
     "Open a published checkpoint. Raises `InputError` when it cannot be read."
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         path = _download(str(source))
     if not path.exists():
         raise InputError("no such weights", path, "give a file, a folder, or a hub repository such as owner/name")
-    return _read_folder(path) if path.is_dir() else (_read_pickle(path), {})
+    return _read_folder(path) if path.is_dir() else _read_pickle(path)
 
 
 def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -93,11 +94,33 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise InputError(f"the folder cannot be read ({error})", path, "save or copy it again") from error
 
 # %% ../../nbs/40_models/03_checkpoint_files.ipynb #9bc1bc73
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+_BESIDE = ("mmengine.", "numpy.", "mmdet.")  # Logs and settings of a training, of no use here
+
+
+class _Unread:
+    "Stands where a checkpoint holds an object that nobody here needs: whatever it is told, it keeps nothing."
+
+    def __init__(self, *_: object, **__: object):
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def _open_pickle(path: Path) -> object:
+    "The tensors and plain values of a pickle; of what mmengine keeps beside them, nothing."
+    whole = is_zipfile(path)  # as torch has written them since 1.6; nobody looks into older ones beforehand
+    found = torch.serialization.get_unsafe_globals_in_checkpoint(path) if whole else []
+    aside = [name for name in found if name.startswith(_BESIDE)]
+    with torch.serialization.safe_globals([(_Unread, name) for name in aside]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+# %% ../../nbs/40_models/03_checkpoint_files.ipynb #73c7394a
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path), {}
+        found = _open_pickle(path)
     except Exception as error:  # a file of anything can make the reader stumble in any way
         reason = f"{type(error).__name__}: {str(error)[:80]}".splitlines()[0]
         what = f"not a checkpoint of tensors alone ({reason}); nothing in it was executed"
@@ -107,12 +130,21 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         for key in keys:
             inner = inner.get(key) if isinstance(inner, dict) else None
         if isinstance(inner, dict) and inner and all(isinstance(v, Tensor) for v in inner.values()):
-            return inner
+            return inner, _named(found)
     raise InputError(
         "found no weights in it",
         path,
         "they are expected plain, under 'model', 'state_dict', or under 'ema', 'module'",
     )
+
+# %% ../../nbs/40_models/03_checkpoint_files.ipynb #f6987f07
+def _named(found: dict) -> dict:
+    "The names of the classes as transformers writes them, where mmengine noted them."
+    noted = found.get("meta")
+    noted = noted.get("dataset_meta") if isinstance(noted, dict) else None
+    names = (noted.get("classes") or noted.get("CLASSES")) if isinstance(noted, dict) else None
+    good = isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names)
+    return {"id2label": dict(enumerate(names))} if good else {}
 
 
 def _download(name: str) -> Path:

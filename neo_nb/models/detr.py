@@ -11,8 +11,7 @@ __all__ = ['VARIANTS', 'FAMILY', 'DETRConfig', 'reference_config', 'DETROutputs'
 # %% ../../nbs/40_models/15_detr.ipynb #af93d8d6
 import re
 import warnings
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,10 +23,11 @@ from ..base.core import InputError
 from ..data.batch import Targets, denormalize_boxes
 from ..losses.criterion import ignored
 from ..losses.softmax_set_loss import NO_OBJECT, sum_losses
-from .backbones import freeze
+from .backbones import check_weights, freeze
 from .contract import DetectionModel, Outputs, Preprocessing
-from .dinov3 import DINOV3, ViTSizes, check_dinov3, fetch_dinov3, load_vit, sizes_in, sizes_of, vit_config
+from .dinov3 import ViTSizes, load_vit, sizes_in, vit_config, weights_folder, with_vit
 from .external import External, Family, class_names_of
+from .key_padding import use_key_padding
 from .timm_backbone import check_pretrained, make_timm
 
 # %% ../../nbs/40_models/15_detr.ipynb #393d0616
@@ -78,7 +78,7 @@ def reference_config(config: DETRConfig, num_classes: int) -> Any:  # transforme
     return DetrConfig(
         backbone_config=backbone, num_labels=num_classes, d_model=c.channels, encoder_layers=c.encoder_layers,
         decoder_layers=c.decoder_layers, dropout=c.dropout, num_queries=c.num_queries, dilation=c.dilation,
-        auxiliary_loss=True, **sides,
+        auxiliary_loss=False, **sides,
     )  # fmt: skip
 
 # %% ../../nbs/40_models/15_detr.ipynb #c1dfecb0
@@ -89,6 +89,17 @@ class DETROutputs(Outputs):
     layer_logits: Float[Tensor, "l b q c1"]
     layer_boxes: Float[Tensor, "l b q 4"]  # cxcywh, fractions of each image's content
     share: Float[Tensor, "b 4"]  # Content of the frame: width, height, width, height, 0..1
+
+# %% ../../nbs/40_models/15_detr.ipynb #162b700b
+def _make_network(config: DETRConfig, num_classes: int) -> nn.Module:
+    "transformers' network, fresh."
+    from transformers import DetrForObjectDetection
+
+    own = reference_config(config, num_classes)
+    use_key_padding(own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a width is no power of two
+        return DetrForObjectDetection(own)
 
 # %% ../../nbs/40_models/15_detr.ipynb #f67e833e
 class DETR(DetectionModel):
@@ -101,13 +112,9 @@ class DETR(DetectionModel):
 
     def __init__(self, num_classes: int, config: DETRConfig = DETRConfig()):
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        config = _with_vit(config)
+        config = with_vit(config)
         super().__init__(num_classes, config, Preprocessing(_stride(config), mean, std))
-        from transformers import DetrForObjectDetection
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a width is no power of two
-            self.network = DetrForObjectDetection(reference_config(config, num_classes))
+        self.network = _make_network(config, num_classes)
         if config.pretrained:
             self._load_backbone()
         if not config.freeze_bn:
@@ -142,28 +149,13 @@ def _load_backbone(self: DETR) -> None:
     "ImageNet weights in the backbone; transformers' frozen norms have all of a batch norm but its counter."
     c = self.config
     if c.backbone.startswith("dinov3/"):
-        return load_vit(self.network.model.backbone.model, _vit_folder(c))
+        return load_vit(self.network.model.backbone.model, weights_folder(c.backbone, c.pretrained))
     check_pretrained(c.backbone, c.pretrained)
     body = make_timm(c.backbone.removeprefix("timm/"), c.pretrained, out_indices=[1, 2, 3, 4])
     tensors = {key: x for key, x in body.state_dict().items() if not key.endswith("num_batches_tracked")}
     own = self.network.model.backbone.model
     missing, unknown = own.load_state_dict(tensors, strict=False)
     assert not unknown and all(key.endswith("num_batches_tracked") for key in missing), (missing, unknown)
-
-
-def _vit_folder(config: DETRConfig) -> Path:
-    "Where the weights of a dinov3 backbone are."
-    name = config.backbone.removeprefix("dinov3/")
-    return fetch_dinov3(name) if config.pretrained == "hub" else Path(config.pretrained)
-
-
-def _with_vit(config: DETRConfig) -> DETRConfig:
-    "The configuration with the sizes of its ViT: those of the weights, or the published ones."
-    if not config.backbone.startswith("dinov3/") or config.vit is not None:
-        return config
-    check_dinov3(config.backbone, config.pretrained)
-    sizes = sizes_of(_vit_folder(config)) if config.pretrained else DINOV3[config.backbone.removeprefix("dinov3/")]
-    return replace(config, vit=tuple(sizes))
 
 
 def _stride(config: DETRConfig) -> int:
@@ -197,6 +189,16 @@ def _content(
     share = torch.stack([sizes[:, 1] / width, sizes[:, 0] / height], 1).float()
     return x * mask[:, None].to(x.dtype), mask.long(), torch.cat([share, share], 1)
 
+# %% ../../nbs/40_models/15_detr.ipynb #897183a3
+@patch
+def _layers(
+    self: DETR,
+    states: tuple[Tensor, ...],  # The queries before the first layer, after each, and after the last normed
+) -> Float[Tensor, "l b q d"]:
+    "What the heads see of each decoder layer."
+    norm = self.network.model.decoder.layernorm
+    return torch.stack([*(norm(x) for x in states[1:-1]), states[-1]])
+
 # %% ../../nbs/40_models/15_detr.ipynb #f4cf2600
 @patch
 def forward(
@@ -207,12 +209,14 @@ def forward(
 ) -> DETROutputs:
     "Detect; the logits of the contract leave out *no object*."
     x, mask, share = self._content(images, sizes)
-    found = self.network.model(x, pixel_mask=mask)
-    layers = found.intermediate_hidden_states if self.training else found.last_hidden_state[None]
+    found = self.network.model(x, pixel_mask=mask, output_hidden_states=self.training)
+    layers = self._layers(found.decoder_hidden_states) if self.training else found.last_hidden_state[None]
     logits = self.network.class_labels_classifier(layers).float()
     boxes = self.network.bbox_predictor(layers).float().sigmoid()
     padded = (x.shape[-2], x.shape[-1])
-    return DETROutputs(logits[-1, ..., :-1], boxes[-1] * share[:, None], padded, logits, boxes, share)
+    features = found.encoder_last_hidden_state if self.training else None
+    last = logits[-1, ..., :-1], boxes[-1] * share[:, None]
+    return DETROutputs(*last, padded, logits, boxes, share, features=features)
 
 
 @patch
@@ -277,9 +281,9 @@ def detect(
 def set_grad_checkpointing(self: DETR, on: bool) -> None:
     "Compute encoder and decoder layers twice in training, to need less memory."
     if on:
-        self.network.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        self.network.gradient_checkpointing_disable()
+        self.network.activation_checkpointing_enable({"use_reentrant": False})
+    elif self.network.is_activation_checkpointing:
+        self.network.activation_checkpointing_disable()
 
 # %% ../../nbs/40_models/15_detr.ipynb #a1e72cc3
 VARIANTS: dict[str, DETRConfig] = {
@@ -346,10 +350,7 @@ def check_config(
     config: DETRConfig,
 ) -> None:
     "Raise `InputError` for a backbone that DETR has not, or for weights of it that cannot be had."
-    if config.backbone.startswith("dinov3/"):
-        check_dinov3(config.backbone, config.pretrained)
-    else:
-        check_pretrained(config.backbone, config.pretrained)
+    check_weights(config.backbone, config.pretrained)
 
 
 _PUBLISHED = {f"detr_{own}": f"facebook/detr-resnet-{theirs}"

@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .contract import check_unfused, freeze_for_inference
+from ..base.core import InputError
+from .contract import DetectionModel, check_unfused, freeze_for_inference
 from .layers import ConvNorm, CspRepLayer, RepVggBlock
+from .lora import merge_lora
 from .resnet import BasicBlock
 from .rtdetr.model import RTDETR
+from .rtmdet.model import RTMDet
 
 # %% ../../nbs/40_models/24_fuse.ipynb #017035a1
 def fold_bn(
@@ -145,7 +148,12 @@ def fuse_linear(
     decoder.project = nn.ModuleDict()
 
 # %% ../../nbs/40_models/24_fuse.ipynb #19e079bb
-_POST = {nn.ReLU: "relu", nn.SiLU: "swish", nn.Identity: "none"}  # oneDNN's names
+_POST = {
+    nn.ReLU: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+    nn.SiLU: ("swish", []),
+    nn.Identity: ("none", []),
+}  # oneDNN's names, and their numbers
 SHAPES = 4  # Shapes of maps that weights are kept for
 
 
@@ -156,7 +164,7 @@ class PackedConv(nn.Module):
         super().__init__()
         self.where = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
         self.weight, self.bias = conv.weight.detach(), conv.bias.detach()
-        self.post = _POST[type(activation)]
+        self.post, self.numbers = _POST[type(activation)]
         self.ordered: dict[torch.Size, Tensor] = {}  # The weights as a map of this shape wants them
 
     def weight_for(self, x: Tensor) -> Tensor:
@@ -171,7 +179,7 @@ class PackedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_for(x)
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.where, self.post, [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.where, self.post, self.numbers, "")
 
 # %% ../../nbs/40_models/24_fuse.ipynb #3377dfab
 class PackedBlock(nn.Module):
@@ -223,6 +231,7 @@ def fuse(
     check_unfused(self)
     model = copy.deepcopy(self).eval().requires_grad_(False)
     model.decoder_layers = layers or self.decoder_layers
+    merge_lora(model.backbone)
     fuse_norms(model)
     decoder = model.decoder
     last = model.decoder_layers - 1
@@ -230,9 +239,28 @@ def fuse(
     decoder.score = nn.ModuleList([nn.Identity()] * last + [decoder.score[last]])
     decoder.denoising_class = nn.Identity()
     fuse_linear(model)
+    return _finish(model, packed)
+
+
+def _finish(model: DetectionModel, packed: bool | None) -> DetectionModel:
+    "Freeze a copy whose norms are folded; pack it where that is requested, or where it can be."
     freeze_for_inference(model)
-    weight = decoder.enc_score.weight
+    weight = next(model.parameters())
     able = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if able if packed is None else packed:
-        pack(model)
-    return model
+    return pack(model) if (able if packed is None else packed) else model
+
+
+@patch
+@torch.no_grad()
+def fuse(  # noqa: F811  that of another family
+    self: RTMDet,
+    layers: int | None = None,  # It has no decoder
+    packed: bool | None = None,  # Convolutions in oneDNN's order; on CPUs when None. Not for compiling and exporting
+) -> RTMDet:  # A copy in evaluation mode
+    "A copy for inference: the same detections, less work."
+    check_unfused(self)
+    if layers is not None:
+        raise InputError(f"{self.model_name} has no decoder layers", None, "leave layers out")
+    if self.config.int8:  # its norms are folded, and its convolutions round as they are
+        return freeze_for_inference(copy.deepcopy(self))
+    return _finish(fuse_norms(copy.deepcopy(self).eval().requires_grad_(False)), packed)

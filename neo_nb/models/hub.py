@@ -45,6 +45,9 @@ def input_table(record: dict) -> str:
         "values": "RGB, uint8 0..255, or float 0..1",
         "mean, std": f"{_numbers(contract['mean'])} and {_numbers(contract['std'])}, on 0..1, by channel",
         "resize": contract.get("resize", "letterbox"),
+        "images across the size": "with its sides exchanged"
+        if contract.get("by_orientation")
+        else "padded as all are",
     }
     return "\n".join(["| input | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
 

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from ..base.core import InputError
 
 # %% ../../nbs/40_models/00_layers.ipynb #602aeb38
-ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, None: nn.Identity}
+ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU, None: nn.Identity}
 
 
 class _PackedGradient(torch.autograd.Function):

@@ -238,7 +238,7 @@ class WeightsReport:
         return text + (f"; input contract: {self.contract}" if self.contract else "")
 
 # %% ../../nbs/40_models/22_weights.ipynb #aa67e18d
-Classes = Literal["auto", "by-name", "by-position", "fresh"]
+Classes = Literal["auto", "by-name", "known", "by-position", "fresh"]
 
 
 def is_placeholder(
@@ -277,6 +277,8 @@ def match_classes(
         return "by name", named
     if equal and (how == "by-position" or (how == "auto" and silent)):
         return "by position", position
+    if how == "known":
+        return ("by name", named) if named else ("fresh", {})
     if how == "by-name" and named:
         return "by name", named
     raise _no_match(names, theirs, count, named, where)
@@ -309,6 +311,7 @@ def load_weights(
     tensors, names, theirs, contract = _source(kind, path, model)
     words, rows = match_classes(model.class_names, names, model.count_classes(tensors), classes, path)
     own = model.state_dict()
+    _check_lora(tensors, own, path)
     by_row = () if words in ("the same", "by position") else model.class_heads
     taken = {key: "none" for key in own.keys() | tensors.keys()}  # "all", "part", "by class" or "none" of each tensor
     for key in own.keys() & tensors.keys():
@@ -325,9 +328,19 @@ def load_weights(
     missing = [k for k in of["none"] if k in own and not k.endswith("num_batches_tracked")]  # frozen norms have none
     unused = [key for key in of["none"] if key in tensors]
     fresh = tuple(f"{label} {name}" for label, name in enumerate(model.class_names) if label not in rows)
-    adopted = "" if any(key.startswith("backbone.") for key in missing) else _adopt(model, contract)
+    other = any(key.startswith("backbone.") and ".lora_" not in key for key in missing)
+    adopted = "" if other else _adopt(model, contract)
     found = map(tuple, (of["by class"], of["part"], missing, unused))
     return WeightsReport(str(path), len(of["all"]), *found, words, fresh, adopted)
+
+# %% ../../nbs/40_models/22_weights.ipynb #b13019f5
+def _check_lora(tensors: dict[str, Tensor], own: dict[str, Tensor], where: str | Path) -> None:
+    "Low-rank updates have a place, or the backbone would not be the one that was trained."
+    ranks = {len(x) for key, x in tensors.items() if key.endswith(".lora_a")}
+    here = {len(x) for key, x in own.items() if key.endswith(".lora_a")}
+    if ranks and ranks != here:
+        what = f"its backbone has low-rank updates of rank {max(ranks)}, the model {f'of rank {max(here)}' if here else 'none'}"
+        raise InputError(what, where, f"--model-settings lora={max(ranks)}")
 
 # %% ../../nbs/40_models/22_weights.ipynb #d2e13878
 def _source(
@@ -351,8 +364,9 @@ def _source(
 
 
 def _adopt(model: DetectionModel, contract: Preprocessing) -> str:
-    "What the weights are used to becomes the model's, besides its divisor; said in words where it was something else."
-    contract = replace(contract, divisor=model.preprocessing.divisor)
+    "What the weights are used to becomes the model's, said in words where it was something else; what the network or the training decides stays."
+    own = model.preprocessing
+    contract = replace(contract, divisor=own.divisor, by_orientation=own.by_orientation)
     old = asdict(model.preprocessing)
     new = asdict(contract)
     model.preprocessing = contract

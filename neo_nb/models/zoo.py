@@ -13,14 +13,17 @@ from dataclasses import fields, replace
 from fnmatch import fnmatch
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from ..base.core import InputError, check_choice
 from . import detr
 from .contract import DetectionModel
 from .external import Family
 from .rtdetr import convert as rtdetr
+from .rtmdet import convert as rtmdet
 
 # %% ../../nbs/40_models/20_zoo.ipynb #a6b54ee0
-FAMILIES: tuple[Family, ...] = (rtdetr.FAMILY, detr.FAMILY)
+FAMILIES: tuple[Family, ...] = (rtdetr.FAMILY, detr.FAMILY, rtmdet.FAMILY)
 VARIANTS: dict[str, Any] = {name: config for family in FAMILIES for name, config in family.variants.items()}
 
 
@@ -53,9 +56,18 @@ def check_model(
 def _configured(name: str, overrides: dict[str, object]) -> Any:
     "The configuration of a variant with some of its fields changed."
     config = VARIANTS[check_choice(name, VARIANTS, "model")]
+    kinds = {field.name: field.type for field in fields(config)}
     for key in overrides:
-        check_choice(key, [f.name for f in fields(config)], f"setting of {name}")
-    return replace(config, **overrides)
+        check_choice(key, kinds, f"setting of {name}")
+    return replace(config, **{key: _typed(key, value, kinds[key]) for key, value in overrides.items()})
+
+
+def _typed(key: str, value: object, kind: Any) -> Any:
+    "A setting as its type; raises `InputError` for what it cannot be."
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise InputError(f"{key} = {value!r}: {error.errors()[0]['msg'].lower()}") from error
 
 # %% ../../nbs/40_models/20_zoo.ipynb #29b5acd1
 def create_model(

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +196,7 @@ def _peer(config: TrainConfig, kind: str, table: Annotations) -> Any:
     theirs = TransformersDetector(ours.num_classes, ours.config, kind)
     for name in ("class_names", "category_ids", "size"):
         setattr(theirs, name, getattr(ours, name))
+    theirs.preprocessing = replace(theirs.preprocessing, by_orientation=config.by_orientation)
     return theirs.to(memory_format=torch.channels_last)
 
 
@@ -231,7 +232,8 @@ def equal_time(
     common = {"data": data, "fingerprints": prints, "minutes": minutes, "evaluations": evaluations}
     waiting = []
     for seed, row in itertools.product(seeds, rows):
-        config = make_config(settings, **(row.settings | OWN | {"seed": int(seed)}))
+        asked = {"pretrained": "none"} | dict(settings or {}) | row.settings  # what it begins with is said, not found
+        config = make_config(**(asked | OWN | {"seed": int(seed)}))
         job = {"competitor": asdict(row), "config": config.model_dump(mode="json")} | common
         path = folder / f"{row.name.replace(' ', '_')}-{seed}.json"
         if not _has_ended(path, job):

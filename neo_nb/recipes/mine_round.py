@@ -21,14 +21,15 @@ import numpy as np
 from ..base.annotations import concat, fingerprint
 from ..base.core import InputError, settings, workspace_root
 from ..data.hard_negatives import Background, Mined, Negative, background_table, read_mined, write_mined
-from ..data.manifest import compute_fingerprint, load_dataset, load_manifest, read_split, write_manifest
+from ..data.image_inputs import find_images
+from ..data.manifest import compute_fingerprint, load_dataset, read_split
+from ..data.manifest_file import load_manifest, write_manifest
 from ..data.near_duplicates import find_copies
 from ..deploy.embeddings import embed_boxes
 from ..evaluate.errors import KINDS
 from ..evaluate.operating_point import evaluate
 from ..review.gallery import Case
 from ..review.mining import GOLDEN, choose, find_candidates, require_trainable_split, tagged
-from ..runs.predict import find_images
 from ..runs.run import read_record
 
 # %% ../../nbs/80_recipes/01_mine_round.ipynb #82297c91

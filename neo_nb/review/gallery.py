@@ -9,6 +9,7 @@ __all__ = ['AROUND', 'LEAST', 'Case', 'find_cases', 'draw_case', 'save_gallery']
 
 # %% ../../nbs/55_review/01_gallery.ipynb #4f8952cd
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import numpy as np
 from ..base.annotations import Annotations
 from ..base.core import InputError
 from ..base.detections import Detections
-from ..base.draw import draw_detections, save_image
+from ..base.draw import HEIGHT, THICK, draw_detections, fit_height, save_image
+from ..base.page import save_captions
 from ..data.loader import read_image
 from ..evaluate.errors import IS_RIGHT, KINDS, NOT_COUNTED, Errors
 
@@ -39,13 +41,16 @@ def find_cases(
     detections: Detections,
     annotations: Annotations,
     count: int = 40,  # Of each at most
+    per_image: int = 2,  # Of each at most in one image
 ) -> dict[str, list[Case]]:  # "false_positives" by falling score, "misses" by falling area
     "The worst errors."
     names = annotations.class_names
     wrong = np.flatnonzero((errors.kind != IS_RIGHT) & (errors.kind != NOT_COUNTED))
-    wrong = wrong[np.argsort(-detections.scores[wrong], kind="stable")][:count]
+    wrong = wrong[np.argsort(-detections.scores[wrong], kind="stable")]
+    wrong = _few_of_each(wrong, detections.image_index, per_image)[:count]
     missed = np.flatnonzero(errors.missed)
-    missed = missed[np.argsort(-annotations.areas[missed], kind="stable")][:count]
+    missed = missed[np.argsort(-annotations.areas[missed], kind="stable")]
+    missed = _few_of_each(missed, annotations.image_index, per_image)[:count]
     d = detections
     a = annotations
     index = annotations.image_index
@@ -55,6 +60,17 @@ def find_cases(
         "misses": [Case("missed", int(index[i]), tuple(a.boxes_xyxy[i].tolist()), names[a.labels[i]], -1.0)
                    for i in missed],
     }  # fmt: skip
+
+# %% ../../nbs/55_review/01_gallery.ipynb #8f49f987
+def _few_of_each(rows: np.ndarray, images: np.ndarray, most: int) -> np.ndarray:
+    "Rows in their order, at most so many of each image."
+    seen: Counter = Counter()
+    kept = []
+    for row in rows.tolist():
+        seen[images[row]] += 1
+        if seen[images[row]] <= most:
+            kept.append(row)
+    return np.array(kept, np.int64)
 
 # %% ../../nbs/55_review/01_gallery.ipynb #7e6acc93
 AROUND, LEAST = 3.0, 120  # Of the box's longer side; pixels of the original
@@ -66,30 +82,22 @@ def draw_case(
     detections: Detections,  # Of all images
     annotations: Annotations,
     threshold: float,  # Score from which predictions are drawn
-    side: int = 320,  # Of the image, pixels
+    height: int = HEIGHT,  # Of what comes out, pixels
 ) -> np.ndarray:  # RGB uint8
     "Cut out and draw one case."
     x1, y1, x2, y2 = case.box_xyxy
     reach = max(x2 - x1, y2 - y1, LEAST / AROUND) * AROUND / 2
-    height, width = image.shape[:2]
-    cx, cy = min(max((x1 + x2) / 2, 0), width), min(max((y1 + y2) / 2, 0), height)  # labels may lie outside
+    whole = image.shape[:2]
+    cx, cy = min(max((x1 + x2) / 2, 0), whole[1]), min(max((y1 + y2) / 2, 0), whole[0])  # labels may lie outside
     left, top = max(int(cx - reach), 0), max(int(cy - reach), 0)
     part = image[top : max(int(cy + reach), top + 1), left : max(int(cx + reach), left + 1)]
-    scale = side / max(part.shape[:2])
-    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    shape = [max(1, round(length * scale)) for length in part.shape[1::-1]]
-    part = cv2.resize(part, shape, interpolation=way)
-    truth = annotations.select([case.image])
-    predicted = detections.for_image(case.image)
-    shift = np.array([left, top] * 2, np.float32)
-    moved = Annotations(truth.image_ids, truth.file_names, truth.sizes, truth.offsets,
-                        (truth.boxes_xyxy - shift) * scale, truth.labels, truth.class_names, truth.category_ids,
-                        iscrowd=truth.iscrowd)  # fmt: skip
-    seen = Detections(predicted.image_index, (predicted.boxes_xyxy - shift) * scale, predicted.scores, predicted.labels, 1,
-                      predicted.class_names)  # fmt: skip
-    photo = draw_detections(part, moved[0], seen, annotations.class_names, threshold)
+    part, scale = fit_height(part, height)
+    truth, predicted = annotations[case.image], detections.for_image(case.image)
+    names = annotations.class_names
+    photo = draw_detections(part, truth, predicted, names, threshold, scale=scale, origin=(left, top), thick=THICK)
+    shift = np.array([left, top] * 2)
     box = ((np.array(case.box_xyxy) - shift) * scale).round().astype(int)
-    cv2.rectangle(photo, tuple(box[:2].tolist()), tuple(box[2:].tolist()), (255, 255, 255), 1)
+    cv2.rectangle(photo, tuple(box[:2].tolist()), tuple(box[2:].tolist()), (255, 255, 255), 1, cv2.LINE_AA)
     return photo
 
 # %% ../../nbs/55_review/01_gallery.ipynb #85cc4b32
@@ -106,16 +114,21 @@ def save_gallery(
         raise InputError("a gallery's folder has only folders in it; this one has files", folder)
     shutil.rmtree(folder, ignore_errors=True)
     numbered = [(kind, i, case) for kind, rows in cases.items() for i, case in enumerate(rows)]
-    written = []
+    written: dict[Path, tuple[str, str]] = {}
     row = -1
     image = None
     for kind, number, case in sorted(numbered, key=lambda entry: entry[2].image):
+        one = annotations[case.image]
         if case.image != row:
             row = case.image
-            image = read_image(annotations[case.image].path)
+            image = read_image(one.path)
         photo = draw_case(image, case, detections, annotations, threshold)
-        words = [f"{number:03d}", case.kind, case.label, f"{case.score:.2f}" if case.score >= 0 else "",
-                 str(annotations.image_ids[case.image])]  # fmt: skip
+        score = f"{case.score:.2f}" if case.score >= 0 else ""
+        words = [f"{number:03d}", case.kind, case.label, score, str(one.image_id)]
         name = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word)[:40] for word in words if word)
-        written.append(save_image(photo, folder / kind / f"{name}.jpg", quality=82))
+        path = save_image(photo, folder / kind / f"{name}.jpg", quality=82)
+        told = "" if case.kind == "missed" else case.kind  # the title of its gallery says it
+        written[path] = (one.path.name, " ".join(filter(None, [told, case.label, score])))
+    for kind in cases:
+        save_captions(folder / kind, {path.name: said for path, said in written.items() if path.parent.name == kind})
     return sorted(written)

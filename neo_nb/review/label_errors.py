@@ -63,7 +63,7 @@ def find_label_errors(
     label, box = np.full((2, len(annotations.labels)), -1.0)
     label[truth] = (1 + np.where(agrees, -scores, scores)) / 2
     box[truth] = (1 + scores * (2 * off / max(1 - iou_threshold, 1e-9) - 1)) / 2
-    missing = np.zeros(len(detections), bool)
+    missing = np.zeros(detections.num_boxes, bool)
     missing[np.setdiff1d(rows, predicted)] = True
     missing &= detections.scores > SURE
     return LabelErrors(label, box, (label < 0) & ~annotations.iscrowd, missing)

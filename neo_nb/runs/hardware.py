@@ -116,13 +116,17 @@ SHORTEST = 320  # Pixels of the longer side, at least
 def choose_size(
     target: Target,
     table: Any,  # `Annotations`: the images to train on
+    by_orientation: bool = False,  # Upright images will have the size turned
 ) -> tuple[int, int]:  # (height, width) of the content; the padding comes later
     "The input size for these images on this target."
     from neo_nb.data.resize import size_for
 
     if target.max_side or not len(table):
-        return size_for(table, target.max_side or SHORTEST)  # which says what is missing where there is no image
+        return size_for(
+            table, target.max_side or SHORTEST, by_orientation
+        )  # which says what is missing where there is no image
     pairs = [(float(height), float(width)) for height, width in table.sizes]
+    pairs = [(min(pair), max(pair)) for pair in pairs] if by_orientation else pairs
     aspect = _median([width / height for height, width in pairs])
     area = _median([height * width for height, width in pairs])
     area *= min(1.0, (target.max_pixels or area) / area)
@@ -180,18 +184,24 @@ def training_settings(
     asked: Mapping[str, Any] | None = None,  # Settings of `TrainConfig` that were requested, by name
     processes: int = 1,  # Training processes, each with a card of its own
     cores: int | None = None,  # Of this machine; counted when None
+    recipe: Mapping[str, Any] | None = None,  # From `recipe_settings`; its size is not for a machine with a max_side
 ) -> dict[str, object]:  # device, precision, batch_size, grad_accum_steps, num_workers, size
     "The settings of a training on this target with these images."
     asked = {key: value for key, value in (asked or {}).items() if value is not None}
     precision = asked.get("precision", "auto")
     precision = target.precision if precision == "auto" else precision
-    size = tuple(asked.get("size") or choose_size(target, table))
-    largest = max(asked.get("scales") or (1.0,))
+    recipe = dict(recipe or {})
+    both = recipe | asked
+    usual = None if target.max_side else recipe.get("size")
+    size = tuple(asked.get("size") or usual or choose_size(target, table, both.get("by_orientation", False)))
+    largest = max(both.get("scales") or (1.0,))
     seen = (math.ceil(size[0] * largest), math.ceil(size[1] * largest))
-    share = target.global_batch // processes
+    images = recipe.get("batch_size", 0) * recipe.get("grad_accum_steps", 1) or target.global_batch  # per update
+    share = max(1, images // processes)
     model = "" if asked.get("backbone") else asked.get("model", "rtdetr_nano")
-    batch = asked.get("batch_size") or fit_batch(target.memory_gb, model, seen, precision, max(1, share))
-    steps = max(1, round(target.global_batch / (batch * processes)))
+    fitting = fit_batch(target.memory_gb, model, seen, precision, share)
+    batch = asked.get("batch_size") or min(recipe.get("batch_size") or fitting, share)
+    steps = max(1, round(images / (batch * processes)))
     room = max(1, (cores or count_cores()) // processes - 1)
     return {
         "device": target.device,

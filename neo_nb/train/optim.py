@@ -10,6 +10,7 @@ __all__ = ['make_optimizer', 'lr_factor', 'set_lr', 'Ema']
 # %% ../../nbs/60_train/01_optim.ipynb #ad77d644
 import copy
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -20,18 +21,23 @@ from .config import TrainConfig
 def make_optimizer(
     model: nn.Module,  # The first of its `parts` is the backbone; `backbone` when it has none
     config: TrainConfig,
+    beside: Sequence[nn.Parameter] = (),  # What learns besides the model: a teacher's projection
 ) -> torch.optim.AdamW:
     "AdamW with four groups: backbone or not, with decay or without; `base_lr` of each is kept for the schedule."
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     first = getattr(model, "parts", ("backbone",))[0] + "."
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith(first), parameter.ndim > 1), []).append(parameter)
+            slow = name.startswith(first) and ".lora_" not in name  # LoRA starts from nothing
+            groups.setdefault((slow, parameter.ndim > 1), []).append(parameter)
     rows = []
     for (backbone, decay), parameters in sorted(groups.items()):
         lr = config.backbone_lr if backbone else config.lr
         row = {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": config.weight_decay if decay else 0.0}
         rows.append(row | {"name": f"{'backbone' if backbone else 'rest'}, {'decay' if decay else 'no decay'}"})
+    if beside:
+        own = {"lr": config.lr, "base_lr": config.lr, "weight_decay": 0.0, "name": "beside the model"}
+        rows.append({"params": list(beside)} | own)
     return torch.optim.AdamW(rows, betas=(0.9, 0.999), fused=True)
 
 # %% ../../nbs/60_train/01_optim.ipynb #adb6fecf

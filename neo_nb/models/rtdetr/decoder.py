@@ -176,7 +176,7 @@ def topk_tokens(
     best = logits.max(-1).values.float().masked_fill(~usable, -torch.inf)
     return best.topk(min(self.num_queries, best.shape[1]), 1).indices
 
-
+# %% ../../../nbs/40_models/10_rtdetr/01_decoder.ipynb #4c3a7473
 @patch
 def select_queries(
     self: Decoder,
@@ -189,7 +189,9 @@ def select_queries(
         content = self.enc_output(memory)
         logits = self.enc_score(content)
         chosen = self.topk_tokens(logits, usable)[..., None]
-    if torch.is_grad_enabled():  # what was chosen is computed again: 300 tokens to remember instead of 42,840
+    if torch.is_grad_enabled() and not isinstance(
+        memory, list
+    ):  # what was chosen is computed again: 300 tokens to remember instead of 42,840
         content = self.enc_output(memory.gather(1, chosen.expand(-1, -1, memory.shape[-1])))
         logits = self.enc_score(content)
     else:
