@@ -394,19 +394,17 @@ def load_detector(
     | int,  # A run (number, name, path, last, best), .safetensors, .onnx, .tflite, .pth, folder, owner/name
     device: torch.device | str = "cpu",  # auto, cpu, cuda or cuda:N
     size: tuple[int, int] | None = None,  # (height, width) for a checkpoint; the one it was trained at when None
-    precision: str = "fp32",  # auto, fp32, fp16 or bf16; an ONNX file has its own
+    precision: str = "fp32",  # auto, fp32, fp16 or bf16; an ONNX or TFLite file has its own
 ) -> Detector:
     "Open whatever detects. Raises `InputError` when it cannot be."
     kind, file = resolve_weights(find_detector(path))
-    if kind == "onnx":
-        detector = OnnxDetector(file, device, precision)
+    if kind in ("onnx", "tflite"):
+        from neo_nb.deploy.tflite_detector import TFLiteDetector  # it is built upon what stands here
+
+        detector = (OnnxDetector if kind == "onnx" else TFLiteDetector)(file, device, precision)
         if size is not None and check_size(size) != detector.size:
             raise InputError(f"made for size {detector.size}, not {tuple(size)}", file, "export it at that size")
         return detector
-    if kind == "tflite":
-        from neo_nb.deploy.tflite_detector import TFLiteDetector  # it is built upon what stands here
-
-        return TFLiteDetector(file)
     load = from_pretrained if kind == "hub" else load_model
     model, record = load(file, device=resolve_device(device))
     return TorchDetector(model.to(memory_format=torch.channels_last), size, record, precision)

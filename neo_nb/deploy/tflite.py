@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..base.core import InputError, atomic_write, check_choice
@@ -73,7 +74,8 @@ class _File:
         return buffer
 
 # %% ../../nbs/65_deploy/06_tflite.ipynb #55cac012
-def _tensor(
+@patch
+def tensor(
     self: _File, name: str, shape: Sequence[int], kind: type, data: np.ndarray | None = None,
     grid: tuple[Sequence[float], Sequence[int], int] | None = None,
 ) -> int:  # fmt: skip
@@ -91,7 +93,8 @@ def _tensor(
     return len(self.tensors) - 1
 
 
-def _operator(self: _File, name: str, inputs: Sequence[int], outputs: Sequence[int], **options: Any) -> None:
+@patch
+def operator(self: _File, name: str, inputs: Sequence[int], outputs: Sequence[int], **options: Any) -> None:
     "An operator by its name in the schema, such as CONV_2D, with the fields of its options."
     code = getattr(self.s.BuiltinOperator, name)
     if code not in self.codes:
@@ -116,7 +119,6 @@ OPTIONS = {
 }  # fmt: skip
 VERSIONS = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "CONCATENATION": 2, "ADD": 2, "MUL": 2, "LOGISTIC": 2, "MAX_POOL_2D": 2,
             "RESIZE_NEAREST_NEIGHBOR": 2, "MEAN": 2, "PAD": 2, "RELU6": 2, "DEQUANTIZE": 3}  # fmt: skip
-_File.tensor, _File.operator = _tensor, _operator
 
 # %% ../../nbs/65_deploy/06_tflite.ipynb #4ae5683d
 class _Writer:
@@ -149,7 +151,7 @@ class _Writer:
         if self.precision != "int8":
             return None
         scale, zero = scale_and_zero(*self.network.range_of(name))
-        return [scale], [zero], 0
+        return [scale.item()], [zero.item()], 0
 
     def map(self, op: Operation) -> int:
         "The tensor of an operation's map."
@@ -162,7 +164,8 @@ class _Writer:
         return self.file.tensor(name, data.shape, np.int32, data)
 
 # %% ../../nbs/65_deploy/06_tflite.ipynb #17f0d395
-def _weights(self: _Writer, op: Operation, conv: torch.nn.Conv2d, depthwise: bool) -> list[int]:
+@patch
+def weights(self: _Writer, op: Operation, conv: torch.nn.Conv2d, depthwise: bool) -> list[int]:
     "Kernel and bias as tensors; the output channels of a depthwise kernel come last."
     kernel = conv.weight.detach().float()
     bias = conv.bias.detach().float() if conv.bias is not None else torch.zeros(len(kernel))
@@ -173,7 +176,7 @@ def _weights(self: _Writer, op: Operation, conv: torch.nn.Conv2d, depthwise: boo
         axis = 3 if depthwise else 0
         by_axis = steps.view(1, 1, 1, -1) if depthwise else steps.view(-1, 1, 1, 1)
         whole = (last / by_axis).round().clamp(-127, 127).numpy()
-        into = scale_and_zero(*self.network.range_of(op.inputs[0]))[0] * steps.double()
+        into = self.network.scale(op.inputs[0]) * steps.double()
         shift = (bias.double() / into).round().clamp(-(2**31), 2**31 - 1).numpy()
         zeros = [0] * len(steps)
         return [
@@ -189,18 +192,15 @@ def _weights(self: _Writer, op: Operation, conv: torch.nn.Conv2d, depthwise: boo
     return [wide, self.file.tensor(f"{name}.bias", bias.shape, np.float32, bias.numpy())]
 
 # %% ../../nbs/65_deploy/06_tflite.ipynb #d182c557
-def _conv(self: _Writer, op: Operation) -> None:
+@patch
+def conv(self: _Writer, op: Operation) -> None:
     conv = self.network.net.get_submodule(op.module)
-    depthwise = conv.groups > 1
-    if depthwise and not conv.groups == conv.in_channels == conv.out_channels or conv.dilation != (1, 1):
-        raise InputError(f"{op.module}: a convolution of {conv.groups} groups, dilation {conv.dilation}", None,
-                         "TFLite files take plain and depthwise ones")  # fmt: skip
-    s = self.file.s
-    source, same = self.numbers[op.inputs[0]], True
-    (height, width), (up, left) = self.shapes[op.inputs[0]][1:3], conv.padding
-    if conv.stride != (1, 1) and conv.kernel_size != (1, 1):
-        source, same = self._pad(op, conv, (height, width), (up, left)), False
-    parts = [source, *self._weights(op, conv, depthwise)]
+    depthwise, s = conv.groups > 1, self.file.s
+    source = self.numbers[op.inputs[0]]
+    same = conv.stride == (1, 1) and all(2 * pad == side - 1 for pad, side in zip(conv.padding, conv.kernel_size))
+    if any(conv.padding) and not same:
+        source = self.pad(op, conv, self.shapes[op.inputs[0]][1:3], conv.padding)
+    parts = [source, *self.weights(op, conv, depthwise)]
     act = {"": "NONE", "relu": "RELU", "relu6": "RELU6"}[op.activation]
     options = {"padding": s.Padding.SAME if same else s.Padding.VALID, "strideH": conv.stride[0],
                "strideW": conv.stride[1], "fusedActivationFunction": getattr(s.ActivationFunctionType, act)}  # fmt: skip
@@ -209,7 +209,8 @@ def _conv(self: _Writer, op: Operation) -> None:
     self.file.operator("DEPTHWISE_CONV_2D" if depthwise else "CONV_2D", parts, [self.map(op)], **options)
 
 
-def _pad(self: _Writer, op: Operation, conv: torch.nn.Conv2d, size: Sequence[int], before: Sequence[int]) -> int:
+@patch
+def pad(self: _Writer, op: Operation, conv: torch.nn.Conv2d, size: Sequence[int], before: Sequence[int]) -> int:
     "The map before a convolution, with its padding around it."
     after = [(out - 1) * step + kernel - side - first for out, step, kernel, side, first in
              zip(self.shapes[op.name][1:3], conv.stride, conv.kernel_size, size, before)]  # fmt: skip
@@ -221,11 +222,9 @@ def _pad(self: _Writer, op: Operation, conv: torch.nn.Conv2d, size: Sequence[int
     self.file.operator("PAD", [self.numbers[op.inputs[0]], amounts], [padded])
     return padded
 
-
-_Writer._weights, _Writer._conv, _Writer._pad = _weights, _conv, _pad
-
 # %% ../../nbs/65_deploy/06_tflite.ipynb #4e868f91
-def _number(self: _Writer, op: Operation) -> int:
+@patch
+def number(self: _Writer, op: Operation) -> int:
     "The constant of an addition or a product."
     value = float(op.number or 0)
     if self.precision != "int8":
@@ -234,17 +233,18 @@ def _number(self: _Writer, op: Operation) -> int:
     return self.file.tensor(f"{op.name}_number", (1,), np.int8, np.array([127 if value > 0 else -127]), grid)
 
 
-def _write(self: _Writer, op: Operation) -> None:
+@patch
+def write(self: _Writer, op: Operation) -> None:
     "One operation."
     s, file = self.file.s, self.file
     if op.kind == "input":
         self.map(op)
         return None
     if op.kind == "conv":
-        return self._conv(op)
+        return self.conv(op)
     sources = [self.numbers[name] for name in op.inputs]
     if op.kind in ("add", "mul"):
-        sources += [] if op.number is None else [self._number(op)]
+        sources += [] if op.number is None else [self.number(op)]
         return file.operator(op.kind.upper(), sources, [self.map(op)])
     if op.kind == "concat":
         return file.operator("CONCATENATION", sources, [self.map(op)], axis=3)
@@ -260,11 +260,9 @@ def _write(self: _Writer, op: Operation) -> None:
         return file.operator("MAX_POOL_2D", sources, [self.map(op)], **options)
     return file.operator({"sigmoid": "LOGISTIC", "relu6": "RELU6"}[op.kind], sources, [self.map(op)])
 
-
-_Writer._number, _Writer.write = _number, _write
-
 # %% ../../nbs/65_deploy/06_tflite.ipynb #0fd63969
-def _finish(self: _Writer, names: Sequence[str], record: dict) -> bytes:
+@patch
+def finish(self: _Writer, names: Sequence[str], record: dict) -> bytes:
     "The whole file: outputs by these names, the record in its metadata."
     import flatbuffers
 
@@ -301,9 +299,6 @@ def _mapping(s: Any, name: str, number: int) -> Any:
     entry = s.TensorMapT()
     entry.name, entry.tensorIndex = name, number
     return entry
-
-
-_Writer.finish = _finish
 
 # %% ../../nbs/65_deploy/06_tflite.ipynb #3731e9e2
 def export_tflite(

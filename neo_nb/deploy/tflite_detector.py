@@ -10,19 +10,17 @@ __all__ = ['TFLiteDetector', 'read_tflite_record']
 # %% ../../nbs/65_deploy/07_tflite_detector.ipynb #ecc52085
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ..base.boxes import xyxy_to_cxcywh
 from ..base.core import InputError
 from ..base.extras import require
+from ..base.geometry import pad_to
 from ..data.batch import Batch
 from .detector import Detector
 from .tflite import load_schema
-from ..models.rtmdet.head import boxes_of, distances, make_cells
-from ..models.rtmdet.model import RTMDetOutputs
 from ..models.zoo import create_model
 
 # %% ../../nbs/65_deploy/07_tflite_detector.ipynb #de027766
@@ -34,26 +32,27 @@ class TFLiteDetector(Detector):
     def __init__(
         self,
         path: str | Path,  # What `export_tflite` wrote
-        threads: int = 1,
+        device: torch.device | str = "cpu",  # auto and cpu: LiteRT runs there
+        precision: str = "fp32",  # auto and fp32 leave it to the file; another must be the file's own
+        threads: int | None = None,  # As many as torch has when None
     ):
-        require("ai-edge-litert")
-        from ai_edge_litert.interpreter import Interpreter
-
-        data = Path(path).read_bytes()
-        record = read_tflite_record(data, path)
-        try:
-            self.interpreter = Interpreter(model_content=data, num_threads=threads)
-            self.interpreter.allocate_tensors()
-        except (ValueError, RuntimeError) as error:
-            what = f"LiteRT cannot open it ({str(error).splitlines()[0][:150]})"
-            raise InputError(what, path, "export it again") from error
+        self.interpreter, record = _open(Path(path), threads or torch.get_num_threads())
+        if str(device) not in ("auto", "cpu"):
+            raise InputError(f"a TFLite file runs on the CPU, {device} was requested", path, "take cpu or auto")
         super().__init__(record, tuple(record["size"]), 1)
         self.precision = record["precision"]
+        if precision not in ("auto", "fp32", self.precision):
+            what = f"the file computes in {self.precision}, {precision} was requested"
+            raise InputError(what, path, "leave --precision out, or export it in that precision")
         with torch.device("meta"):
             config = {key: tuple(v) if isinstance(v, list) else v for key, v in record["config"].items()}
             self.model = create_model(record["model"], class_names=self.class_names, **(config | {"pretrained": None}))
         self.model.preprocessing = self.preprocessing
         self.input = self.interpreter.get_input_details()[0]
+        padded = pad_to(self.size, self.divisor)
+        if tuple(self.input["shape"]) != (1, *padded, 3):
+            what = f"the record says size {self.size}, the network takes {tuple(self.input['shape'].tolist())}"
+            raise InputError(what, path, "export it again")
         known = self.interpreter.get_signature_list()["serving_default"]["outputs"]
         details = {row["name"]: row for row in self.interpreter.get_output_details()}
         self.outputs = [details[name] for name in sorted(known, key=_place)]
@@ -64,13 +63,33 @@ class TFLiteDetector(Detector):
         self.interpreter.invoke()
         return [_from_grid(self.interpreter.get_tensor(row["index"]), row) for row in self.outputs]
 
+    @torch.no_grad()
     def infer(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        images = self.model.network_input(batch.images, batch.sizes).permute(0, 2, 3, 1).numpy()
+        images = self.model.network_input(batch.images, batch.sizes)
+        padded = (images.shape[-2], images.shape[-1])
+        images = images.permute(0, 2, 3, 1).numpy()
         rows = [[torch.from_numpy(x).flatten(1, 2) for x in self.run(image)] for image in images]
-        parts = [torch.cat([torch.cat(row[half], 1) for row in rows]) for half in (slice(0, 3), slice(3, 6))]
-        return self._detections(*parts, (images.shape[1], images.shape[2]), batch)
+        logits, raw = (torch.cat([torch.cat(row[half], 1) for row in rows]) for half in (slice(0, 3), slice(3, 6)))
+        outputs = self.model.outputs_of(logits, raw, padded)
+        return tuple(x.numpy() for x in self.model.detect(outputs, batch.sizes, batch.original_sizes))
 
 # %% ../../nbs/65_deploy/07_tflite_detector.ipynb #e99b6e7e
+def _open(path: Path, threads: int) -> tuple[Any, dict]:
+    "LiteRT's interpreter of a file, and the file's record."
+    require("ai-edge-litert")
+    from ai_edge_litert.interpreter import Interpreter
+
+    data = path.read_bytes()
+    record = read_tflite_record(data, path)
+    try:
+        interpreter = Interpreter(model_content=data, num_threads=threads)
+        interpreter.allocate_tensors()
+    except (ValueError, RuntimeError) as error:
+        what = f"LiteRT cannot open it ({str(error).splitlines()[0][:150]})"
+        raise InputError(what, path, "export it again") from error
+    return interpreter, record
+
+
 def _place(name: str) -> tuple[bool, int]:
     "scores_8, scores_16, …, boxes_8, …"
     what, _, stride = name.partition("_")
@@ -89,22 +108,6 @@ def _from_grid(x: np.ndarray, row: dict) -> np.ndarray:
     "An output as numbers."
     scale, zero = row["quantization"]
     return (x.astype(np.float32) - zero) * np.float32(scale) if scale else x.astype(np.float32)
-
-
-def _detections(
-    self: TFLiteDetector, logits: Tensor, raw: Tensor, padded: tuple[int, int], batch: Batch
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "What the model's own end makes of the cells."
-    config = self.model.config
-    cells = make_cells(*padded, tuple(config.strides))
-    boxes = boxes_of(distances(raw, config.exponential), cells)
-    whole = torch.tensor([padded[1], padded[0]] * 2, dtype=torch.float32)
-    outputs = RTMDetOutputs(logits, xyxy_to_cxcywh(boxes) / whole, padded, boxes, cells)
-    with torch.no_grad():
-        return tuple(x.numpy() for x in self.model.detect(outputs, batch.sizes, batch.original_sizes))
-
-
-TFLiteDetector._detections = _detections
 
 # %% ../../nbs/65_deploy/07_tflite_detector.ipynb #3d0ccb5d
 def read_tflite_record(

@@ -190,6 +190,22 @@ def normalise(
     padded = pad_to((images.shape[-2], images.shape[-1]), own.divisor)
     return normalise_images(images, own.mean, own.std, padded)
 
+
+@patch
+def network_input(
+    self: DetectionModel,
+    images: Shaped[Tensor, "b 3 h w"],  # uint8 in 0..255, or float in 0..1, RGB, content top left
+    sizes: Int64[Tensor, "b 2"] | None = None,  # (height, width) of the content; the whole input when None
+) -> Float[Tensor, "b 3 h2 w2"]:
+    "`normalise`, with 0 outside of the content whatever stands there, in the order of memory of the weights."
+    x = self.normalise(images)
+    if sizes is not None:
+        down, across = (torch.arange(side, device=x.device) < sizes[:, i, None] for i, side in enumerate(x.shape[-2:]))
+        x = x * (down[:, None, :, None] & across[:, None, None, :]).to(x.dtype)
+    if x.is_contiguous() and next(self.parameters()).is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x
+
 # %% ../../nbs/40_models/08_contract.ipynb #c57d97b5
 @patch
 def postprocess(

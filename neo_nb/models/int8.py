@@ -43,6 +43,8 @@ class Core(nn.Module):
 def _to_int8(self: RTMDet) -> None:
     "Put the 8-bit network in the place of backbone, neck and head."
     parts = fuse_norms(Core(self).eval())
+    if self.config.freeze_backbone:  # the folded convolutions are new ones
+        parts.backbone.requires_grad_(False)
     for name in ("backbone", "bring", "neck", "head"):
         delattr(self, name)
     self.core = QuantNetwork(parts)

@@ -10,7 +10,6 @@ __all__ = ['LEVELS', 'Kind', 'SAME_GRID', 'HINT', 'Mode', 'Rule', 'SAMPLE', 'OUT
            'layer_errors']
 
 # %% ../../nbs/40_models/28_quantize.ipynb #5cc91db0
-import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from fastcore.basics import patch
+from jaxtyping import Float, Int32
 from jaxtyping import config as shapes
 from torch import Tensor, fx, nn
 
@@ -29,23 +29,24 @@ LEVELS = 255  # Steps between the smallest and the largest integer of an activat
 
 
 def scale_and_zero(
-    low: float,  # The smallest number that is to be told apart
-    high: float,
-) -> tuple[float, int]:  # Scale, zero point in -128..127
+    low: Tensor | float,  # The smallest number that is to be told apart
+    high: Tensor | float,
+) -> tuple[Float[Tensor, "*n"], Int32[Tensor, "*n"]]:  # Scales in float64, zero points in -128..127; on their device
     "The grid of an activation; the range is widened so that it contains 0, which is a point of it."
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = max(high - low, 1e-6) / LEVELS
-    return scale, int(min(127, max(-128, round(-128 - low / scale))))
+    low, high = (torch.as_tensor(x, dtype=torch.float64) for x in (low, high))
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low).clamp(min=1e-6) / LEVELS
+    return scale, (-128 - low / scale).round().clamp(-128, 127).int()
 
 
 def fake_quantise(
     x: Tensor,
-    low: float,
-    high: float,
+    low: Tensor | float,
+    high: Tensor | float,
 ) -> Tensor:  # The nearest points of the grid; the gradient passes inside of the range
     "What is left of numbers when they are stored in eight bits."
     scale, zero = scale_and_zero(low, high)
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero, -128, 127)
+    return torch.fake_quantize_per_tensor_affine(x, scale.float(), zero, -128, 127)
 
 
 def fake_quantise_weight(
@@ -89,6 +90,9 @@ _CALLS: dict[Any, Kind] = {
 }  # fmt: skip
 
 # %% ../../nbs/40_models/28_quantize.ipynb #2369e1de
+HINT = "take a variant whose name ends in _relu, or a network of plain convolutions, pools and sums"
+
+
 class _Plan:
     "Operations as they are written down."
 
@@ -108,55 +112,75 @@ class _Plan:
     def add(self, kind: Kind, name: str, *inputs: str, **more: Any) -> None:
         self.operations.append(Operation(kind, name, tuple(self.alias.get(x, x) for x in inputs), **more))
 
-    def module(self, node: fx.Node) -> None:
-        "A call of a module."
-        part = self.modules[node.target]
-        before = node.args[0].name
-        if isinstance(part, nn.Conv2d):
-            followers = [self.modules.get(user.target) for user in node.users if user.op == "call_module"]
-            act = (
-                next((a for a in followers if isinstance(a, nn.ReLU | nn.ReLU6)), None)
-                if len(node.users) == 1
-                else None
-            )
-            act_name = {nn.ReLU: "relu", nn.ReLU6: "relu6", type(None): ""}[type(act)]
-            self.add("conv", node.name, before, module=node.target, activation=act_name)
-        elif isinstance(part, nn.Identity) or self._is_fused(node):
-            self.alias[node.name] = self.alias.get(before, before)
-        elif isinstance(part, nn.SiLU):
-            self.add("sigmoid", f"{node.name}_gate", before)
-            self.add("mul", node.name, before, f"{node.name}_gate")
-        elif isinstance(part, nn.MaxPool2d):
-            self.add("pool", node.name, before, module=node.target)
-        else:
-            raise InputError(f"{node.target} is a {type(part).__name__}, which has no 8-bit form here", None, HINT)
 
-    def _is_fused(self, node: fx.Node) -> bool:
-        last = self.operations[-1]
-        relu = isinstance(self.modules[node.target], nn.ReLU | nn.ReLU6)
-        return relu and last.kind == "conv" and last.name == node.args[0].name and bool(last.activation)
+@patch
+def module(self: _Plan, node: fx.Node) -> None:
+    "A call of a module."
+    part, before = self.modules[node.target], node.args[0].name
+    if type(part) is nn.Conv2d:
+        _check_conv(node.target, part)
+        followers = [self.modules.get(user.target) for user in node.users if user.op == "call_module"]
+        alone = followers[0] if len(node.users) == 1 and followers else None
+        act = {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(type(alone), "")
+        self.add("conv", node.name, before, module=node.target, activation=act)
+    elif isinstance(part, nn.Identity) or self.is_fused(node):
+        self.alias[node.name] = self.alias.get(before, before)
+    elif isinstance(part, nn.SiLU):
+        self.add("sigmoid", f"{node.name}_gate", before)
+        self.add("mul", node.name, before, f"{node.name}_gate")
+    elif isinstance(part, nn.MaxPool2d) and part.stride == 1:
+        self.add("pool", node.name, before, module=node.target)
+    else:
+        raise InputError(f"{node.target} is a {type(part).__name__}, which has no 8-bit form here", None, HINT)
 
-# %% ../../nbs/40_models/28_quantize.ipynb #ad4cd051
-HINT = "take a variant whose name ends in _relu, or any of convolutions, pools and sums"
+
+@patch
+def is_fused(self: _Plan, node: fx.Node) -> bool:
+    "Whether an activation is computed along with the convolution before it."
+    last = self.operations[-1]
+    relu = isinstance(self.modules[node.target], nn.ReLU | nn.ReLU6)
+    return relu and last.kind == "conv" and last.name == node.args[0].name and bool(last.activation)
+
+
+def _check_conv(name: str, conv: nn.Conv2d) -> None:
+    "Raise `InputError` for a convolution that a file of integers cannot hold."
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+    plain = conv.dilation == (1, 1) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    if not plain or not (depthwise or conv.groups == 1):
+        what = f"a convolution of {conv.groups} groups, dilation {conv.dilation}, padding {conv.padding!r} of "
+        raise InputError(f"{name}: {what}{conv.padding_mode}, which has no 8-bit form here", None, HINT)
 
 # %% ../../nbs/40_models/28_quantize.ipynb #a2843e80
-def _function(plan: _Plan, node: fx.Node) -> None:
+@patch
+def function(self: _Plan, node: fx.Node) -> None:
     "A call of a function or method."
     target = node.target
     if target in (getattr, operator.getitem) or target == "size":
         return  # shapes, which are known when a file is written
-    if target not in _CALLS:
+    if not _is_known(node):
         name = target if isinstance(target, str) else target.__name__
         raise InputError(f"{node.name} calls {name}, which has no 8-bit form here", None, HINT)
     kind = _CALLS[target]
     maps = node.args[0] if kind == "concat" else node.args
     names = [x.name for x in maps if isinstance(x, fx.Node)]
     if target is F.hardsigmoid:  # relu6(x + 3) / 6
-        plan.add("add", f"{node.name}_shifted", names[0], number=3.0)
-        plan.add("relu6", f"{node.name}_cut", f"{node.name}_shifted")
-        return plan.add("mul", node.name, f"{node.name}_cut", number=1 / 6)
+        self.add("add", f"{node.name}_shifted", names[0], number=3.0)
+        self.add("relu6", f"{node.name}_cut", f"{node.name}_shifted")
+        return self.add("mul", node.name, f"{node.name}_cut", number=1 / 6)
     number = next((float(x) for x in maps if isinstance(x, int | float)), None) if kind in ("add", "mul") else None
-    plan.add(kind, node.name, *names[: 1 if kind in ("upsample", "mean", "sigmoid") else None], number=number)
+    self.add(kind, node.name, *names[: 1 if kind in ("upsample", "mean", "sigmoid") else None], number=number)
+
+
+def _is_known(node: fx.Node) -> bool:
+    "Whether a call does what its word here says: joins channels, doubles sides, means over both of them."
+    kind, given = _CALLS.get(node.target), (*node.args[1:], *node.kwargs.values())
+    if kind == "concat":
+        return 1 in given
+    if kind == "upsample":
+        return node.kwargs.get("mode", "nearest") == "nearest"
+    if kind == "mean":
+        return any(x in ((2, 3), [2, 3], (-2, -1)) for x in given) and True in given  # keepdim
+    return kind is not None
 
 
 def trace(
@@ -171,7 +195,7 @@ def trace(
         elif node.op == "call_module":
             plan.module(node)
         elif node.op in ("call_function", "call_method"):
-            _function(plan, node)
+            plan.function(node)
         elif node.op == "output":
             fx.map_arg(node.args, lambda n: outputs.append(plan.alias.get(n.name, n.name)))
         else:
@@ -179,7 +203,7 @@ def trace(
     return plan.operations, outputs
 
 # %% ../../nbs/40_models/28_quantize.ipynb #c81eb099
-Mode = Literal["float", "observe", "quantised"]
+Mode = Literal["float", "quantised"]
 
 
 class QuantNetwork(nn.Module):
@@ -196,21 +220,25 @@ class QuantNetwork(nn.Module):
         count = max(self.groups.values()) + 1
         self.register_buffer("low", torch.zeros(count))
         self.register_buffer("high", torch.zeros(count))
+        fixed = {self.groups[op.name] for op in self.operations if op.kind == "sigmoid"}
+        self.register_buffer("gates", torch.tensor([i in fixed for i in range(count)]), persistent=False)
         self.mode: Mode = "quantised"
         self.frozen = True  # Ranges stay as they are
         self.momentum = 0.01  # Of a range in training, per update
         self.watch: Callable[[str, Tensor], None] | None = None  # Sees every stored map, before it is rounded
-        self.fixed = sorted({self.groups[op.name] for op in self.operations if op.kind == "sigmoid"})
 
-    def range_of(self, name: str) -> tuple[float, float]:
+    def range_of(self, name: str) -> tuple[Tensor, Tensor]:
         "From where to where a stored map reaches."
         group = self.groups[name]
-        return (0.0, LEVELS / 256) if group in self.fixed else (self.low[group].item(), self.high[group].item())
+        low, high, gate = self.low[group], self.high[group], self.gates[group]
+        return low.where(~gate, 0), high.where(~gate, LEVELS / 256)
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, ...]:
         maps: dict[str, Tensor] = {}
-        for op in self.operations:
-            maps[op.name] = self._store(op, x if op.kind == "input" else self._compute(op, maps))
+        with torch.autocast(x.device.type, enabled=False):  # eight bits are computed in float32 here
+            x = x.float()
+            for op in self.operations:
+                maps[op.name] = self.store(op, x if op.kind == "input" else self.compute(op, maps))
         return tuple(maps[name] for name in self.outputs)
 
 # %% ../../nbs/40_models/28_quantize.ipynb #b385212a
@@ -231,19 +259,20 @@ def _groups(operations: list[Operation]) -> dict[str, int]:
     return {name: numbers.setdefault(root(name), len(numbers)) for name in parent}
 
 # %% ../../nbs/40_models/28_quantize.ipynb #a1ed05f4
-def _compute(self: QuantNetwork, op: Operation, maps: dict[str, Tensor]) -> Tensor:
+@patch
+def compute(self: QuantNetwork, op: Operation, maps: dict[str, Tensor]) -> Tensor:
     "One operation."
-    x = maps[op.inputs[0]]
+    x, whole = maps[op.inputs[0]], self.mode == "quantised" and not self.training
     if op.kind == "conv":
         conv = self.net.get_submodule(op.module)
-        if self.mode == "quantised" and not self.training:
-            y = _whole_numbers(conv, x, self._scale(op.inputs[0]), self._scale(op.name))
+        if whole:
+            y = _whole_numbers(conv, x, self.scale(op.inputs[0]), self.scale(op.name))
         else:
             weight = conv.weight if self.mode == "float" else fake_quantise_weight(conv.weight)
             y = F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return {"": lambda v: v, "relu": F.relu, "relu6": F.relu6}[op.activation](y)
-    if op.kind == "add" and op.number is None and self.mode == "quantised" and not self.training:
-        return _whole_sum([maps[name] for name in op.inputs], [self._scale(n) for n in (*op.inputs, op.name)])
+    if op.kind == "add" and op.number is None and whole:
+        return _whole_sum([maps[name] for name in op.inputs], [self.scale(n) for n in (*op.inputs, op.name)])
     if op.kind in ("add", "mul"):
         other = maps[op.inputs[1]] if op.number is None else op.number
         return x + other if op.kind == "add" else x * other
@@ -257,61 +286,57 @@ def _compute(self: QuantNetwork, op: Operation, maps: dict[str, Tensor]) -> Tens
         return x.mean((2, 3), keepdim=True)
     return {"sigmoid": torch.sigmoid, "relu6": F.relu6}[op.kind](x)
 
+
+@patch
+def scale(self: QuantNetwork, name: str) -> Float[Tensor, ""]:
+    "What one step of a stored map means, in float64."
+    return scale_and_zero(*self.range_of(name))[0]
+
 # %% ../../nbs/40_models/28_quantize.ipynb #d9f8747b
-def _whole_numbers(conv: nn.Conv2d, x: Tensor, scale: float, out: float) -> Tensor:
+def _whole_numbers(conv: nn.Conv2d, x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     "A convolution as a kernel computes it: whole numbers times whole numbers, one factor, one rounding."
     steps = weight_scales(conv.weight)
     kernel = (conv.weight / steps.view(-1, 1, 1, 1)).round().clamp(-127, 127)
     y = F.conv2d((x / scale).round(), kernel, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     if conv.bias is not None:
         y = y + (conv.bias.double() / (scale * steps.double())).round().view(1, -1, 1, 1).to(y.dtype)
-    factor = torch.full_like(steps, scale) * steps / out  # in float32, in this order
+    factor = scale.float() * steps / out.float()  # in float32, in this order
     return (y * factor.view(1, -1, 1, 1)).round() * out
 
 
-def _whole_sum(maps: list[Tensor], scales: list[float]) -> Tensor:
+def _whole_sum(maps: list[Tensor], scales: list[Tensor]) -> Tensor:
     "A sum as a kernel computes it: factors of some twenty bits, halves rounded up."
-    out = scales[2]
-    ratios = [float(torch.tensor(scale) / torch.tensor(out)) for scale in scales[:2]]  # in float32
-    shift = 20 - math.floor(math.log2(max(ratios)))
-    factors = [round(ratio * 2**shift) for ratio in ratios]
+    ratios = [(scale.float() / scales[2].float()).double() for scale in scales[:2]]
+    half = 2 ** (19 - torch.maximum(*ratios).log2().floor())
     whole = [(x / scale).round().double() for x, scale in zip(maps, scales)]
-    total = whole[0] * factors[0] + whole[1] * factors[1]
-    return (((total + 2 ** (shift - 1)) / 2**shift).floor() * out).to(maps[0].dtype)
-
-
-def _scale(self: QuantNetwork, name: str) -> float:
-    return scale_and_zero(*self.range_of(name))[0]
+    total = sum(x * (2 * half * ratio).round() for x, ratio in zip(whole, ratios))
+    return (((total + half) / (2 * half)).floor() * scales[2]).to(maps[0].dtype)
 
 # %% ../../nbs/40_models/28_quantize.ipynb #d0df4d7e
-def _store(self: QuantNetwork, op: Operation, x: Tensor) -> Tensor:
+@patch
+def store(self: QuantNetwork, op: Operation, x: Tensor) -> Tensor:
     "A map as it is stored."
     if self.watch is not None:
         self.watch(op.name, x)
-    if self.mode == "observe" or (self.training and not self.frozen):
-        self._follow(self.groups[op.name], x.detach())
+    if self.training and not self.frozen:
+        self.follow(self.groups[op.name], x.detach())
     if self.mode != "quantised" or op.kind in SAME_GRID:
         return x
     return fake_quantise(x, *self.range_of(op.name))
 
 
-def _follow(self: QuantNetwork, group: int, x: Tensor) -> None:
-    "Widen a range to what is seen, or let it follow in training."
-    low, high = x.amin().float(), x.amax().float()
-    if self.mode == "observe":
-        self.low[group] = torch.minimum(self.low[group], low)
-        self.high[group] = torch.maximum(self.high[group], high)
-    else:
-        self.low[group] += self.momentum * (low.clamp(max=0) - self.low[group])
-        self.high[group] += self.momentum * (high.clamp(min=0) - self.high[group])
+@patch
+def follow(self: QuantNetwork, group: int, x: Tensor) -> None:
+    "Let a range come a little nearer to what is seen."
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    self.low[group] += self.momentum * (low - self.low[group])
+    self.high[group] += self.momentum * (high - self.high[group])
 
 
-QuantNetwork._compute, QuantNetwork._store, QuantNetwork._follow, QuantNetwork._scale = (
-    _compute,
-    _store,
-    _follow,
-    _scale,
-)
+@patch
+def following(self: QuantNetwork) -> list[Tensor]:
+    "The buffers that a forward pass in training changes."
+    return [self.low, self.high] if self.training and not self.frozen else []
 
 # %% ../../nbs/40_models/28_quantize.ipynb #2a989eb9
 Rule = Literal["minmax", "percentile", "mse"]
@@ -366,7 +391,7 @@ def calibrate(
     if not count:
         raise InputError("there is no image to calibrate on", None, "give a split with images")
     for group, parts in seen.items():
-        network.low[group], network.high[group] = (torch.tensor(x) for x in choose_range(torch.cat(parts), rule))
+        network.low[group], network.high[group] = choose_range(torch.cat(parts), rule)
     return count
 
 # %% ../../nbs/40_models/28_quantize.ipynb #d5c6b892
@@ -385,9 +410,7 @@ def layer_errors(
         maps: dict[str, Tensor] = {}
         for other in network.operations:
             network.mode = "quantised" if other is op else "float"
-            maps[other.name] = network._store(
-                other, images if other.kind == "input" else network._compute(other, maps)
-            )
+            maps[other.name] = network.store(other, images if other.kind == "input" else network.compute(other, maps))
         pairs = zip(network.outputs, expected)
         found[op.name] = max(((maps[name] - y).square().mean().sqrt() / y.std()).item() for name, y in pairs)
     network.mode = mode

@@ -236,6 +236,7 @@ def _alone(run: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            time.sleep(0.3)  # who came first may not have written its name yet
             file.seek(0)
             who = file.read().strip() or "another process"
             raise InputError(f"{who} is at work in this run", run, "wait for it, or stop it") from None

@@ -231,6 +231,9 @@ def build_model(config: TrainConfig, table: Annotations) -> DetectionModel:
     if config.compile and config.grad_checkpointing:  # the compiler cannot look into one that keeps the statistics
         remedy = "choose compile for speed, grad_checkpointing for memory"
         raise InputError("compile and grad_checkpointing exclude each other", None, remedy)
+    if config.int8 and not config.weights:
+        remedy = "train in float first, then give that run as --weights"
+        raise InputError("a training in eight bits goes on from one in float", "--int8", remedy)
     config = resolve_start(config)
     overrides = config.model_overrides()
     names = {"class_names": table.class_names, "category_ids": table.category_ids}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.batch import Batch, Targets
+from ..models.quantize import QuantNetwork
 
 # %% ../../nbs/60_train/06_micro_batches.ipynb #626921c2
 def split(
@@ -49,15 +50,17 @@ def to_device(
 
 # %% ../../nbs/60_train/06_micro_batches.ipynb #4bb48f83
 class Statistics:
-    "The running statistics of those norms that learn them now."
+    "What a forward pass in training changes: statistics of the norms that learn them now, ranges of eight bits."
 
     def __init__(self, model: nn.Module):
         self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        self._quantised = [m for m in model.modules() if isinstance(m, QuantNetwork)]
 
     def _buffers(self) -> list[Tensor]:
-        return [buffer for m in self._norms if m.training for buffer in (m.running_mean, m.running_var)]
+        norms = [buffer for m in self._norms if m.training for buffer in (m.running_mean, m.running_var)]
+        return norms + [buffer for m in self._quantised for buffer in m.following()]
 
-    def read(self) -> Tensor | None:  # None where no norm learns
+    def read(self) -> Tensor | None:  # None where nothing changes
         "All of them, one after the other, in a tensor of its own."
         buffers = self._buffers()
         return torch.cat(buffers) if buffers else None

@@ -58,6 +58,7 @@ def lr_factor(
         if config.schedule == "flatcosine":
             start = max(warmup, round(config.flat * total))
             end = total * max(0, config.epochs - config.no_aug_epochs) // config.epochs
+            end = end if end > start else total  # no room before the plain epochs: it falls during them
         done = max(0, step - start) / max(1, end - start)
         return config.final_lr_fraction + (1 - config.final_lr_fraction) * (1 + math.cos(math.pi * min(done, 1))) / 2
     return 1.0

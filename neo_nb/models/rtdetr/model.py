@@ -176,15 +176,11 @@ def encode(
     list[Tensor], tuple[int, int], PaddingInfo | None
 ]:  # Maps (b, d, h, w), fine to coarse; the frame's sides; where the images lie
     "The encoder's maps; whatever the padding holds, the network sees 0 there."
-    x = self.normalise(images)
+    x = self.network_input(images, sizes)
     padded, given = (x.shape[-2], x.shape[-1]), (images.shape[-2], images.shape[-1])
     if sizes is None and padded != given:
         sizes = torch.stack([torch.full((len(images),), side, device=images.device) for side in given], 1)
     frame = None if sizes is None else PaddingInfo(sizes, padded)
-    if frame is not None:
-        x = x * frame.valid([padded]).unflatten(1, padded)[:, None].to(x.dtype)
-    if x.is_contiguous() and next(self.parameters()).is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous(memory_format=torch.channels_last)
     maps = self.backbone(x)
     if self.adapter is not None:
         maps = self.adapter(x, maps)

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from ...base.boxes import xyxy_to_cxcywh
 from ...base.core import InputError
 from ...data.batch import Targets, check_contents, denormalize_boxes
-from ...losses.dense_loss import DenseSums, dense_loss
-from ..backbones import make_backbone
+from ...losses.dense_loss import DenseSums, as_fractions, dense_loss
+from ..backbones import freeze, make_backbone
 from ..contract import DetectionModel, Outputs, Preprocessing
 from ..layers import ConvNorm
 from ..nms import keep_best
-from ..rtdetr.hybrid_encoder import PaddingInfo
 from .cspnext import CSPNeXt
 from .head import Head, boxes_of, distances, make_cells
 from .pafpn import PAFPN
@@ -74,7 +73,10 @@ def _make_backbone(config: RTMDetConfig) -> nn.Module:
     c = config
     if c.backbone == "cspnext":
         settings = {key: getattr(c, key) for key in ("widest", "activation", "attention", "pooling", "depthwise")}
-        return CSPNeXt(c.deepen, c.widen, **settings, strides=c.strides)
+        backbone = CSPNeXt(c.deepen, c.widen, **settings, strides=c.strides)
+        if c.freeze_backbone:
+            freeze(backbone)
+        return backbone
     return make_backbone(c.backbone, pretrained=c.pretrained, freeze_all=c.freeze_backbone, strides=c.strides)
 
 # %% ../../../nbs/40_models/18_rtmdet/03_model.ipynb #0f2f820c
@@ -122,22 +124,6 @@ class RTMDet(DetectionModel):
 
 # %% ../../../nbs/40_models/18_rtmdet/03_model.ipynb #8adc4350
 @patch
-def network_input(
-    self: RTMDet,
-    images: Shaped[Tensor, "b 3 h w"],  # uint8 in 0..255 or float in 0..1, RGB, content top left
-    sizes: Int64[Tensor, "b 2"] | None = None,  # (height, width) of the content; the whole input when None
-) -> Float[Tensor, "b 3 h2 w2"]:
-    "Images as the first convolution sees them."
-    x = self.normalise(images)
-    padded = (x.shape[-2], x.shape[-1])
-    if sizes is not None:
-        x = x * PaddingInfo(sizes, padded).valid([padded]).unflatten(1, padded)[:, None].to(x.dtype)
-    if x.is_contiguous() and next(self.parameters()).is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous(memory_format=torch.channels_last)
-    return x
-
-
-@patch
 def _levels(self: RTMDet, x: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
     "The backbone's maps in the neck's widths."
     return [bring(y) for bring, y in zip(self.bring, self.backbone(x))]
@@ -176,10 +162,22 @@ def forward(
         scores, raw = self.head(maps)
         seen = maps[-1] if self.training else None
     logits, raw = (torch.cat([x.flatten(2) for x in xs], 2).transpose(1, 2) for xs in (scores, raw))
+    return self.outputs_of(logits, raw, padded, seen)
+
+
+@patch
+def outputs_of(
+    self: RTMDet,
+    logits: Float[Tensor, "b q c"],
+    raw: Float[Tensor, "b q 4"],  # As the head says it, l t r b
+    padded: tuple[int, int],  # (height, width) of the frame
+    features: Tensor | None = None,
+) -> RTMDetOutputs:
+    "Boxes of what the cells say."
     cells = make_cells(*padded, tuple(self.config.strides), device=logits.device)
     boxes = boxes_of(distances(raw, self.config.exponential), cells)
-    whole = cells.new_tensor([padded[1], padded[0]] * 2)
-    return RTMDetOutputs(logits, xyxy_to_cxcywh(boxes) / whole, padded, boxes, cells, features=seen)
+    fractions = as_fractions(xyxy_to_cxcywh(boxes), padded)
+    return RTMDetOutputs(logits, fractions, padded, boxes, cells, features=features)
 
 # %% ../../../nbs/40_models/18_rtmdet/03_model.ipynb #311c1026
 BOX_WEIGHT = 2.0  # Of GIoU
