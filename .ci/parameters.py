@@ -19,7 +19,7 @@ RUNS = Path(__file__).resolve().parent.parent / "nbs" / "runs"
 COMMANDS: dict[str, Callable] = {
     "evaluate": commands.evaluate,
     "export": commands.export,
-    "export_tflite": commands.export,
+    "export_edge": commands.export,
     "benchmark_transformers": commands.benchmark,
     "errors": review_commands.errors,
     "compare_runs": review_commands.compare,

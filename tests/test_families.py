@@ -1,8 +1,6 @@
 """Every family through every command: train, resume, evaluate, export, predict, errors, benchmark, warm start."""
 
 import json
-import os
-import signal
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from command import neo as command
 from test_runs import QUIET, epochs, place
+from train_worker import stop_after_an_epoch
 
 from neo_nb.base.core import InputError
 from neo_nb.data.manifest import load_dataset
@@ -84,6 +83,8 @@ def test_the_other_commands_take_the_run(trained):
     if name.startswith("rtmdet"):
         told = neo("export", number, "--to", "tflite", "--min-score", least, cwd=folder)
         assert "export proven" in told and " by " in told
+        whole = json.loads(neo("export", number, "--precision", "int8", "--min-score", least, "--json", cwd=folder))
+        assert whole["file"] == "model.onnx" and whole["precision"] == "int8"
         small = next(folder.glob("reports/*/model.tflite"))
         assert json.loads(neo("evaluate", small, "--data", "cells", "--json", cwd=folder))["images"] == 4
     neo("predict", file, folder / "data/cells/images/0.jpg", cwd=folder)
@@ -127,15 +128,7 @@ def test_a_run_that_is_cut_and_resumed_is_the_straight_one_bit_for_bit(name, tmp
     state = load_state(tmp_path / "straight/weights/last.pt")
 
     first = Trainer(make_config(**more, epochs=2), tmp_path / "cut", cells, cells)
-    saved = first.evaluate_epoch
-
-    def stop():
-        metrics = saved()
-        if first.progress["epoch"] == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return metrics
-
-    first.evaluate_epoch = stop
+    stop_after_an_epoch(first)
     assert first.fit()["interrupted"]
     train(make_config(**more, epochs=2), tmp_path / "cut", cells, cells, resume=True)
     other = load_state(tmp_path / "cut/weights/last.pt")

@@ -1,25 +1,35 @@
 """RTMDet against its definition, written out slowly; published files; updates in parts; what a change of classes does."""
 
 import math
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
-from test_update import difference
-from update_worker import all_targets, gradients, make_loop, starve
+from test_update import by_two, difference
+from train_worker import stop_after_an_epoch
+from update_worker import all_targets, crowds, gradients, make_loop, starve
 
 from neo_nb.base.boxes import cxcywh_to_xyxy
 from neo_nb.base.core import InputError
+from neo_nb.cli.commands import export
 from neo_nb.data.batch import Targets
+from neo_nb.data.loader import make_loader
+from neo_nb.deploy.detector import OnnxDetector, TorchDetector
+from neo_nb.deploy.onnx import export_onnx
+from neo_nb.deploy.tflite import export_tflite
+from neo_nb.deploy.tflite_detector import TFLiteDetector
 from neo_nb.losses.dynamic_assigner import assign
 from neo_nb.models import create_model, load_model, load_weights, save_weights
+from neo_nb.models.int8 import to_int8
+from neo_nb.models.qdq import QdqNetwork
 from neo_nb.models.rtmdet.head import Head, distances, make_cells
+from neo_nb.synthetic.crowds import make_scenes
 from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config
+from neo_nb.train.loop import chunks
 from neo_nb.train.trainer import Trainer, train
 
 
@@ -130,8 +140,6 @@ def dense_loop(folder: Path, counts: tuple[int, ...] = (1, 60, 1, 1), **more):
 
 
 def test_the_terms_of_an_update_in_parts_are_those_of_the_whole(tmp_path):
-    from neo_nb.train.loop import chunks
-
     told = []
     for size in (4, 1):
         loop = dense_loop(tmp_path, batch_size=size, grad_accum_steps=4 // size)
@@ -146,6 +154,37 @@ def test_too_little_memory_cuts_an_odd_batch_and_changes_nothing_else(tmp_path):
     plain, starved = dense_loop(tmp_path, counts), dense_loop(tmp_path, counts)
     starve(starved, 3)
     assert difference(gradients(plain, whole), gradients(starved, whole)) < 1e-5
+
+
+def test_two_processes_with_two_images_are_one_with_four(tmp_path):
+    first, second = by_two(tmp_path, config=DENSE)
+    alone = gradients(dense_loop(tmp_path), all_targets(tmp_path))
+    for name in ("gradients", "starved"):
+        assert difference(alone, first[name]) < 1e-5 and difference(first[name], second[name]) == 0
+    assert (first["tried"], second["tried"]) == ([2, 1, 1], [2, 1, 1])
+    for name in ("state", "average"):
+        assert all(torch.equal(value, second[name][key]) for key, value in first[name].items())
+
+
+@pytest.mark.parametrize("classes", [1, 80])
+def test_a_batch_of_0_and_391_objects_in_half_precision(classes):
+    model = create_model("rtmdet_nano", classes).train()
+    boxes = torch.cat([torch.rand(391, 2) * 0.9, 0.02 + torch.rand(391, 2) * 0.08], 1)
+    targets = (Targets(boxes, torch.arange(391) % classes, torch.zeros(0, 4)), Targets.empty())
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(torch.rand(2, 3, 192, 320))
+    sum(model.loss(outputs, targets).values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_held_backbone_stays_what_it_was_in_float_and_in_eight_bits(tmp_path):
+    loop = dense_loop(tmp_path, freeze_backbone=True, freeze_norms=False)
+    before = {key: x.clone() for key, x in loop.model.backbone.state_dict().items()}
+    loop.train_step(next(chunks(loop.loader, 1)))
+    assert all(torch.equal(x, before[key]) for key, x in loop.model.backbone.state_dict().items())
+    small = loop.model.quantise()
+    trained = {name for name, p in small.named_parameters() if p.requires_grad}
+    assert trained and not any("backbone" in name for name in trained)
 
 
 def test_classes_that_are_known_go_on_and_others_begin_fresh(tmp_path):
@@ -170,8 +209,6 @@ def test_after_a_change_of_classes_the_first_updates_are_no_shock(tmp_path):
     save_weights(first.model, tmp_path / "first.safetensors")
     loop = dense_loop(tmp_path, counts, weights=str(tmp_path / "first.safetensors"), classes="fresh", lr=1e-3)
     norms = []
-    from neo_nb.train.loop import chunks
-
     for _ in range(12):
         values, _stop = loop.train_step(next(chunks(loop.loader, 1)))
         norms.append(float(values["grad_norm"]))
@@ -204,8 +241,6 @@ def test_a_rectangle_is_no_square(size):
 
 
 def test_a_run_of_images_without_and_with_391_objects(tmp_path):
-    from update_worker import crowds
-
     table = crowds(tmp_path / "images", (0, 391, 1, 0))
     config = make_config(
         **DENSE,
@@ -225,8 +260,6 @@ def test_a_run_of_images_without_and_with_391_objects(tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A run of a few updates on drawn scenes, by an edge variant."""
-    from neo_nb.synthetic.crowds import make_scenes
-
     folder = tmp_path_factory.mktemp("edge")
     table = make_scenes(12, (96, 160), 0, folder / "scenes")
     config = make_config(
@@ -239,18 +272,11 @@ def trained(tmp_path_factory) -> Path:
 
 
 def scenes(folder: Path):
-    from neo_nb.synthetic.crowds import make_scenes
-
     return make_scenes(12, (96, 160), 0, folder / "scenes")
 
 
 @pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
 def test_a_file_in_eight_bits_says_what_torch_says_bit_for_bit(trained, tmp_path, rule):
-    from neo_nb.data.loader import make_loader
-    from neo_nb.deploy.tflite import export_tflite
-    from neo_nb.deploy.tflite_detector import TFLiteDetector
-    from neo_nb.models.int8 import to_int8
-
     table = scenes(trained)
     model, told = to_int8(load_model(trained / "run/weights/best.safetensors")[0], table, rule)
     assert "ranges from 12 images" in told
@@ -265,6 +291,27 @@ def test_a_file_in_eight_bits_says_what_torch_says_bit_for_bit(trained, tmp_path
                 assert np.abs(one[0] - other[row].permute(1, 2, 0).numpy()).max() < 1e-4
 
 
+def test_an_onnx_file_in_eight_bits_says_what_torch_says_but_for_single_steps(trained, tmp_path):
+    """Its maps (sums are rounded another way); which of many boxes alike is suppressed hangs on less than a step."""
+    table = scenes(trained)
+    model, _ = to_int8(load_model(trained / "run/weights/best.safetensors")[0], table)
+    batch = next(iter(make_loader(table, size=(96, 160), divisor=32, batch_size=3, quiet=True)))
+    x = model.eval().network_input(batch.images, batch.sizes)
+    program = torch.onnx.export(QdqNetwork(model.core).eval(), (x,), dynamo=True, verbose=False, external_data=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    with torch.no_grad():
+        expected = model.core(x)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    steps = [model.core.scale(name).item() for name in model.core.outputs]
+    apart = np.concatenate([np.abs(a - b.numpy()).ravel() / step for a, b, step in zip(found, expected, steps)])
+    assert apart.max() < 2.5 and (apart < 0.5).mean() > 0.98
+    detector = OnnxDetector(export_onnx(model, tmp_path / "x.onnx"))
+    assert detector.precision == "int8" and (tmp_path / "x.onnx").stat().st_size < 1_500_000
+    assert np.abs(detector.infer(batch)[1][:, :1] - TorchDetector(model).infer(batch)[1][:, :1]).max() < 1e-5
+    with pytest.raises(InputError, match="computes in int8, bf16 was requested"):
+        OnnxDetector(tmp_path / "x.onnx", precision="bf16")
+
+
 def test_a_training_in_eight_bits_begins_where_calibration_ends_and_resumes(trained, tmp_path):
     table = scenes(trained)
     more = {"model": "rtmdet_nano_relu", "size": (96, 160), "passes_per_epoch": 2, "batch_size": 4, "tracker": "none"}
@@ -274,21 +321,58 @@ def test_a_training_in_eight_bits_begins_where_calibration_ends_and_resumes(trai
     straight.fit()
     assert straight.model.config.int8 and straight.model.core.frozen, "ranges stand still at the end"
     cut = Trainer(make_config(**more), tmp_path / "cut", table, table)
-    evaluate_epoch = cut.evaluate_epoch
-
-    def stop():
-        found = evaluate_epoch()
-        if cut.progress["epoch"] == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return found
-
-    cut.evaluate_epoch = stop
+    stop_after_an_epoch(cut)
     assert cut.fit()["interrupted"]
     train(make_config(**more), tmp_path / "cut", table, table, resume=True)
     one, other = (load_state(tmp_path / name / "weights/last.pt")["model"] for name in ("straight", "cut"))
     assert all(torch.equal(one[key], other[key]) for key in one)
-    with pytest.raises(InputError, match="has no form in eight bits"):
-        Trainer(make_config(**(more | {"model": "rtdetr_nano", "weights": None})), tmp_path / "no", table, table)
+
+
+def test_an_update_that_is_left_out_leaves_the_ranges_as_they_were(trained, tmp_path):
+    more = {"model": "rtmdet_nano_relu", "size": (96, 160), "passes_per_epoch": 2, "batch_size": 4, "tracker": "none"}
+    more |= {"weights": str(trained / "run/weights/best.safetensors"), "int8": True, "epochs": 1, "device": "cpu"}
+    trainer = Trainer(make_config(**more), tmp_path / "run", scenes(trained), scenes(trained))
+    model = trainer.model.train()
+    model.set_progress(0.1)
+    before = [x.clone() for x in model.core.following()]
+    assert len(before) == 2
+    plain = model.loss_sums
+
+    def broken(*args, **kwargs):
+        terms, quality = plain(*args, **kwargs)
+        terms["giou"].register_hook(lambda gradient: gradient * torch.inf)
+        return terms, quality
+
+    batches = next(chunks(trainer.loader, 1))
+    model.loss_sums = broken
+    trainer.train_step(batches)
+    assert all(torch.equal(x, y) for x, y in zip(before, model.core.following()))
+    model.loss_sums = plain
+    trainer.train_step(batches)
+    assert not all(torch.equal(x, y) for x, y in zip(before, model.core.following()))
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"to": "tflite", "calibration_split": "val"}, "would see what the file is judged by"),
+        ({"precision": "int8", "calibration_split": "test"}, "would see what the file is judged by"),
+        ({"to": "tflite", "precision": "bf16"}, "not in bf16"),
+        ({"to": "tflite", "batch": "4"}, "--batch is for ONNX; this is tflite in int8"),
+        ({"to": "tflite", "device": "cuda"}, "--device is for ONNX"),
+        ({"calibration": "percentile"}, "--calibration is for int8; this is onnx in auto"),
+        ({"to": "tflite", "min_score": 2.0}, "a score is between 0 and 1"),
+    ],
+)
+def test_an_export_refuses_what_does_not_fit_its_kind(given, message):
+    with pytest.raises(InputError, match=message):
+        export("no-run", **given)
+
+
+def test_a_training_in_eight_bits_needs_one_in_float(trained, tmp_path):
+    config = make_config(model="rtmdet_nano_relu", int8=True, size=(96, 160), epochs=1, tracker="none", device="cpu")
+    with pytest.raises(InputError, match="goes on from one in float"):
+        Trainer(config, tmp_path / "run", scenes(trained), scenes(trained))
 
 
 def test_a_file_of_mmengine_on_another_backbone_is_refused(tmp_path):

@@ -26,6 +26,15 @@ def difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> fl
     return ((a - b).norm() / a.norm()).item()
 
 
+def by_two(folder: Path, **order) -> list[dict]:
+    """What `update_worker` finds in each of two processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, str(WORKER), json.dumps({"folder": str(folder)} | order)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
 @pytest.mark.parametrize("num_denoising", [100, 20])  # the 60 objects are asked about, or a part of them
 def test_a_batch_of_four_is_two_twos_and_four_ones(tmp_path, num_denoising):
     whole = all_targets(tmp_path)
@@ -50,11 +59,7 @@ def test_too_little_memory_cuts_an_odd_batch_and_changes_nothing_else(tmp_path):
 def pair(tmp_path_factory) -> tuple[Path, list[dict]]:
     """What two processes found, each with half of the images."""
     folder = tmp_path_factory.mktemp("pair")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launch, str(WORKER), json.dumps({"folder": str(folder)})]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return folder, [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+    return folder, by_two(folder)
 
 
 def test_two_processes_with_two_images_are_one_with_four(pair):

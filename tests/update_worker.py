@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +123,19 @@ def starve(loop: Loop, most: int) -> list[int]:
 def main(order: dict) -> None:
     torch.set_num_threads(1)
     folder, found = Path(order["folder"]), {}
-    whole = all_targets(folder)
-    loop = make_loop(folder, batch_size=2)
+    whole, config = all_targets(folder), order.get("config", {})
+    # a dense detector has no denoising to set
+    some = partial(make_loop, folder, batch_size=2, **({"num_denoising": None} if config else {}), **config)
+    loop = some()
     rank = loop.accelerator.process_index
     found["gradients"] = gradients(loop, whole)
     found["noise"] = float(torch.rand(()))
 
-    loop = make_loop(folder, batch_size=2)
+    loop = some()
     tried = starve(loop, 1 if rank else 2)  # the second process alone runs out
     found["starved"], found["tried"], found["micro"] = gradients(loop, whole), tried, loop.micro
 
-    loop = make_loop(folder, batch_size=2, freeze_norms=False, freeze_epochs=1, epochs=2)
+    loop = some(freeze_norms=False, freeze_epochs=1, epochs=2)
     for epoch in (0, 1):
         loop.progress["epoch"] = epoch
         loop._hold_backbone()
@@ -140,17 +143,23 @@ def main(order: dict) -> None:
         loop.train_step(next(chunks(loop.loader, 1)))
     found["state"], found["average"] = loop.model.state_dict(), loop.ema.model.state_dict()
 
-    loop = make_loop(folder, batch_size=2)
-    plain = loop.model.loss
+    loop = some()
+    if not config:
+        found |= told_of_no_number(loop, rank)
+    torch.save(found, folder / f"rank{rank}.pt")
+    loop.accelerator.wait_for_everyone()
+    loop.accelerator.end_training()
+
+
+def told_of_no_number(loop: Loop, rank: int) -> dict[str, Any]:
+    """What is said when one process alone sees a NaN, and its images."""
+    found, plain = {}, loop.model.loss
     loop.model.loss = lambda out, *a, **k: plain(out if rank == 0 else replace_boxes(out), *a, **k)
     try:
         loop.train_step(next(chunks(loop.loader, 1)))
     except FloatingPointError as error:
         found["message"] = f"{type(error).__name__}: {error}"
-    found["images"] = next(iter(loop.loader)).image_index.tolist()
-    torch.save(found, folder / f"rank{rank}.pt")
-    loop.accelerator.wait_for_everyone()
-    loop.accelerator.end_training()
+    return found | {"images": next(iter(loop.loader)).image_index.tolist()}
 
 
 def replace_boxes(outputs: rtdetr.Outputs) -> rtdetr.Outputs:

@@ -208,51 +208,61 @@ def evaluate(
 # %% ../../nbs/90_cli/02_commands.ipynb #7372f8ec
 def export(
     detector: str,  # A run or a .safetensors
-    batch: str = "1",  # Images per call: a number, or "dynamic"
+    batch: str = "1",  # ONNX: images per call: a number, or "dynamic"
     size: tuple[int, int] | None = None,  # (height, width) of the content; that of the training when not given
     opset: int = 18,  # ONNX operator set, 17 or later
     data: str | None = None,  # Data set that proves it; the one it was trained on when not given
     split: str = "val",  # Split of the data set
-    min_score: float = 0.05,  # From this score on a detection of torch must be one of ONNX too
-    device: str = "auto",  # Where both are proven: auto, cpu, cuda or cuda:N
-    precision: FilePrecision = "auto",  # ONNX: of torch in the proof; TFLite: of the file, fp32, fp16 or int8 (auto)
+    min_score: float = 0.05,  # From this score on a detection of torch must be one of the file too
+    device: str = "auto",  # ONNX: where both are proven: auto, cpu, cuda or cuda:N
+    precision: FilePrecision = "auto",  # ONNX: of torch in the proof, or int8; TFLite: fp32, fp16 or int8 (auto)
     to: Literal["onnx", "tflite"] = "onnx",  # The kind of file
-    calibration_split: str = "train",  # TFLite in int8: the split whose images choose the ranges
-    calibration: Rule = "mse",  # TFLite in int8: how they do: minmax, percentile or mse
+    calibration_split: str = "train",  # Of int8: the split whose images choose the ranges
+    calibration: Rule = "mse",  # Of int8: how they do: minmax, percentile or mse
 ) -> Result:
     "Write an ONNX or a TFLite file, and prove that it finds what the model finds."
-    require(*(("onnx", "onnxscript") if to == "onnx" else ("ai-edge-litert",)))
-    path = find_detector(detector)
-    if to == "tflite":
-        return _export_tflite(path, size, data, split, min_score, precision, calibration_split, calibration)
-    if precision == "int8":
-        raise InputError("an ONNX file in int8 is not written yet", "--precision", "take --to tflite")
+    precision = "int8" if to == "tflite" and precision == "auto" else precision
+    small = to == "tflite" or precision == "int8"
+    given = {"batch": batch, "opset": opset, "device": device, "calibration_split": calibration_split}
+    _check_kind(to, precision, given | {"calibration": calibration})
     if batch != "dynamic" and not (batch.isdigit() and int(batch) > 0):
         raise InputError(f"batch is a number above 0 or dynamic, found {batch!r}", "neo export")
     if not 0 < min_score < 1:
         raise InputError(f"a score is between 0 and 1, found {min_score}", "neo export")
-    check_device(device)
-    data = _data_of(path, data, split)
-    run = run_about("export", path, data)
-    given = {"detector": path, "batch": batch, "size": size, "opset": opset, "data": data, "split": split}
-    return run_notebook("export", run, given | {"min_score": min_score, "device": device, "precision": precision})
-
-# %% ../../nbs/90_cli/02_commands.ipynb #862cbf90
-def _export_tflite(
-    path: Path, size: Any, data: str | None, split: str, min_score: float, precision: str, calibration_split: str,
-    calibration: str,
-) -> Result:  # fmt: skip
-    "A TFLite file, its ranges chosen from images that it is not proven on."
-    if precision not in ("auto", "fp32", "fp16", "int8"):
-        raise InputError(f"TFLite files are written in fp32, fp16 or int8, not in {precision}", "--precision")
-    if calibration_split in (split, "val", "test"):
+    if precision == "int8" and calibration_split in (split, "val", "test"):
         what = f"calibration on {calibration_split} would see what the file is judged by"
         raise InputError(what, "--calibration-split", "take train, or a split of its own")
+    check_device(device)
+    require(*(("onnx", "onnxscript") if to == "onnx" else ("ai-edge-litert",)))
+    path = find_detector(detector)
     data = _data_of(path, data, split)
-    given = {"detector": path, "size": size, "data": data, "split": split, "min_score": min_score}
-    given |= {"precision": "int8" if precision == "auto" else precision}
-    given |= {"calibration_split": calibration_split, "calibration": calibration}
-    return run_notebook("export_tflite", run_about("export", path, data), given)
+    run = run_about("export", path, data)
+    common = {"detector": path, "size": size, "data": data, "split": split, "min_score": min_score}
+    common |= {"precision": precision}
+    if not small:
+        return run_notebook("export", run, common | {"batch": batch, "opset": opset, "device": device})
+    more = {"to": to, "batch": batch, "opset": opset}
+    more |= {"calibration_split": calibration_split, "calibration": calibration}
+    return run_notebook("export_edge", run, common | more)
+
+# %% ../../nbs/90_cli/02_commands.ipynb #862cbf90
+_OF_ONNX = {"batch": "1", "opset": 18}  # As they are when not given
+_OF_FLOAT = {"device": "auto"}
+_OF_INT8 = {"calibration_split": "train", "calibration": "mse"}
+
+
+def _check_kind(to: str, precision: str, given: dict[str, Any]) -> None:
+    "Raise `InputError` for what another kind of file has."
+    if to == "tflite" and precision not in ("fp32", "fp16", "int8"):
+        raise InputError(f"TFLite files are written in fp32, fp16 or int8, not in {precision}", "--precision")
+    others = _OF_ONNX if to == "tflite" else {}
+    others = others | (_OF_FLOAT if to == "tflite" or precision == "int8" else {})
+    others = others | ({} if precision == "int8" else _OF_INT8)
+    for name, usual in others.items():
+        if given[name] != usual and not (name == "device" and given[name] == "cpu"):
+            flag, kind = f"--{name.replace('_', '-')}", "int8" if name in _OF_INT8 else "another kind of ONNX file"
+            what = f"{flag} is for {kind if to == 'onnx' or name in _OF_INT8 else 'ONNX'}"
+            raise InputError(f"{what}; this is {to} in {precision}", flag, "leave it out")
 
 # %% ../../nbs/90_cli/02_commands.ipynb #5ecc4d65
 def benchmark(

@@ -29,6 +29,7 @@ from ..base.geometry import check_size, pad_to
 from ..data.batch import Batch
 from ..data.resize import prepare
 from .detector import INPUTS, OUTPUTS, Detector, TorchDetector, load_detector
+from ..models.qdq import QdqNetwork
 from ..models.weights import model_record
 
 # %% ../../nbs/65_deploy/04_onnx.ipynb #d6437d94
@@ -86,6 +87,7 @@ def export_onnx(
     max_dets = max_dets or model.max_dets
     proto = _to_onnx(model, size, batch, max_dets, opset)
     record = model_record(model, **more) | {"size": list(size), "batch": batch, "max_dets": max_dets, "opset": opset}
+    record |= {"precision": "int8"} if getattr(model.config, "int8", False) else {}
     record["contract"] |= {"by_orientation": False}  # a file has one frame
     _describe(proto, record)
     with atomic_write(path) as temporary:
@@ -96,6 +98,8 @@ def export_onnx(
 def _to_onnx(model: nn.Module, size: tuple[int, int], batch: int | str, max_dets: int, opset: int):
     "The graph as a protobuf."
     network = copy.deepcopy(model).cpu().float().fuse(packed=False).to(memory_format=torch.contiguous_format)
+    if getattr(model.config, "int8", False):
+        network.core = QdqNetwork(network.core)
     dynamic = batch == "dynamic"
     # a sample of one would be taken for a size that never changes
     sample = _sample(size, model.preprocessing.divisor, 2 if dynamic else batch)
@@ -124,7 +128,7 @@ def _to_onnx(model: nn.Module, size: tuple[int, int], batch: int | str, max_dets
         raise InputError(f"the exporter wrote opset {written} instead of {opset}", None, "17 and 18 are sure to work")
     return proto
 
-
+# %% ../../nbs/65_deploy/04_onnx.ipynb #3d510186
 def _describe(proto, record: dict) -> None:
     "Put in the record, take out the exporter's notes, and have the result checked."
     import onnx

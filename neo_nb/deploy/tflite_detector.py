@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..base.core import InputError
 from ..base.extras import require
@@ -57,21 +58,28 @@ class TFLiteDetector(Detector):
         details = {row["name"]: row for row in self.interpreter.get_output_details()}
         self.outputs = [details[name] for name in sorted(known, key=_place)]
 
-    def run(self, image: np.ndarray) -> list[np.ndarray]:  # h w 3, float32, as the first convolution sees it
-        "The network's own outputs, as numbers: scores of all levels (1 h w c), then distances."
-        self.interpreter.set_tensor(self.input["index"], _to_grid(image[None], self.input))
-        self.interpreter.invoke()
-        return [_from_grid(self.interpreter.get_tensor(row["index"]), row) for row in self.outputs]
+# %% ../../nbs/65_deploy/07_tflite_detector.ipynb #1d366776
+@patch
+def run(
+    self: TFLiteDetector,
+    image: np.ndarray,  # h w 3, float32, as the first convolution sees it
+) -> list[np.ndarray]:
+    "The network's own outputs, as numbers: scores of all levels (1 h w c), then distances."
+    self.interpreter.set_tensor(self.input["index"], _to_grid(image[None], self.input))
+    self.interpreter.invoke()
+    return [_from_grid(self.interpreter.get_tensor(row["index"]), row) for row in self.outputs]
 
-    @torch.no_grad()
-    def infer(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        images = self.model.network_input(batch.images, batch.sizes)
-        padded = (images.shape[-2], images.shape[-1])
-        images = images.permute(0, 2, 3, 1).numpy()
-        rows = [[torch.from_numpy(x).flatten(1, 2) for x in self.run(image)] for image in images]
-        logits, raw = (torch.cat([torch.cat(row[half], 1) for row in rows]) for half in (slice(0, 3), slice(3, 6)))
-        outputs = self.model.outputs_of(logits, raw, padded)
-        return tuple(x.numpy() for x in self.model.detect(outputs, batch.sizes, batch.original_sizes))
+
+@patch
+@torch.no_grad()
+def infer(self: TFLiteDetector, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    images = self.model.network_input(batch.images, batch.sizes)
+    padded = (images.shape[-2], images.shape[-1])
+    images = images.permute(0, 2, 3, 1).numpy()
+    rows = [[torch.from_numpy(x).flatten(1, 2) for x in self.run(image)] for image in images]
+    logits, raw = (torch.cat([torch.cat(row[half], 1) for row in rows]) for half in (slice(0, 3), slice(3, 6)))
+    outputs = self.model.outputs_of(logits, raw, padded)
+    return tuple(x.numpy() for x in self.model.detect(outputs, batch.sizes, batch.original_sizes))
 
 # %% ../../nbs/65_deploy/07_tflite_detector.ipynb #e99b6e7e
 def _open(path: Path, threads: int) -> tuple[Any, dict]:

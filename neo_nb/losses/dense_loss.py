@@ -61,7 +61,7 @@ def as_fractions(
     height, width = frame
     return torch.stack([boxes[..., i] / (height if i % 2 else width) for i in range(4)], -1)
 
-
+# %% ../../nbs/30_losses/05_dense_loss.ipynb #1e2947ad
 def dense_loss(
     logits: Float[Tensor, "b p c"],
     boxes: Float[Tensor, "b p 4"],  # xyxy in pixels of the frame

@@ -190,7 +190,7 @@ def normalise(
     padded = pad_to((images.shape[-2], images.shape[-1]), own.divisor)
     return normalise_images(images, own.mean, own.std, padded)
 
-
+# %% ../../nbs/40_models/08_contract.ipynb #cd0b586b
 @patch
 def network_input(
     self: DetectionModel,
@@ -202,7 +202,7 @@ def network_input(
     if sizes is not None:
         down, across = (torch.arange(side, device=x.device) < sizes[:, i, None] for i, side in enumerate(x.shape[-2:]))
         x = x * (down[:, None, :, None] & across[:, None, None, :]).to(x.dtype)
-    if x.is_contiguous() and next(self.parameters()).is_contiguous(memory_format=torch.channels_last):
+    if x.is_contiguous() and next(self.parameters(), x).is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
     return x
 

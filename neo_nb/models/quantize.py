@@ -112,7 +112,7 @@ class _Plan:
     def add(self, kind: Kind, name: str, *inputs: str, **more: Any) -> None:
         self.operations.append(Operation(kind, name, tuple(self.alias.get(x, x) for x in inputs), **more))
 
-
+# %% ../../nbs/40_models/28_quantize.ipynb #2812dd12
 @patch
 def module(self: _Plan, node: fx.Node) -> None:
     "A call of a module."
@@ -133,7 +133,7 @@ def module(self: _Plan, node: fx.Node) -> None:
     else:
         raise InputError(f"{node.target} is a {type(part).__name__}, which has no 8-bit form here", None, HINT)
 
-
+# %% ../../nbs/40_models/28_quantize.ipynb #78344043
 @patch
 def is_fused(self: _Plan, node: fx.Node) -> bool:
     "Whether an activation is computed along with the convolution before it."
@@ -170,7 +170,7 @@ def function(self: _Plan, node: fx.Node) -> None:
     number = next((float(x) for x in maps if isinstance(x, int | float)), None) if kind in ("add", "mul") else None
     self.add(kind, node.name, *names[: 1 if kind in ("upsample", "mean", "sigmoid") else None], number=number)
 
-
+# %% ../../nbs/40_models/28_quantize.ipynb #7113d576
 def _is_known(node: fx.Node) -> bool:
     "Whether a call does what its word here says: joins channels, doubles sides, means over both of them."
     kind, given = _CALLS.get(node.target), (*node.args[1:], *node.kwargs.values())
