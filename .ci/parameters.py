@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from neo_nb.cli import commands, recipe_commands, review_commands, tune_command
+from neo_nb.cli import commands, edge_command, recipe_commands, review_commands, tune_command
 from neo_nb.train.config import TrainConfig
 
 RUNS = Path(__file__).resolve().parent.parent / "nbs" / "runs"
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable] = {
     "mine": recipe_commands.mine,
     "logo": recipe_commands.logo,
     "tune": tune_command.tune,
+    "edge": edge_command.edge,
 }
 LINE = re.compile(r"(\w+) = (.+?)  # (.+)")
 

@@ -37,6 +37,7 @@ from neo_nb.cli.data_commands import (
     data_split,
     data_tile,
 )
+from .edge_command import edge
 from .launch_command import launch
 from .page_commands import report
 from .predict_command import predict
@@ -77,6 +78,7 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "train": (train, "train a detector, evaluate it, write a report"),
     "evaluate": (evaluate, "score a run, weights or an ONNX file on any data set"),
     "mine": (mine, "confident false positives into a manifest that draws them more often"),
+    "edge": (edge, "RTMDet from a training in float to INT8 files: TFLite and ONNX, compared on the same images"),
     "logo": (logo, "the recipe for tiny objects: larger input, tiles, mining, and what each is worth"),
     "tune": (tune, "settings that suit your images: short trainings, the best on a page"),
     "export": (export, "write an ONNX file, and prove that it finds what the model finds"),

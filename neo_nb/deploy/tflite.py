@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from fastcore.basics import patch
-from torch import Tensor
 
 from ..base.core import InputError, atomic_write, check_choice
 from ..base.extras import require
@@ -127,24 +126,9 @@ class _Writer:
     def __init__(self, network: QuantNetwork, size: tuple[int, int], precision: str):
         self.network, self.precision, self.file = network, precision, _File()
         self.kind = np.int8 if precision == "int8" else np.float32
-        self.shapes: dict[str, tuple[int, int, int, int]] = {}
         self.numbers: dict[str, int] = {}
-        self._measure(size)
-
-    def _measure(self, size: tuple[int, int]) -> None:
-        "The shape of every map, channels last."
-
-        def watch(name: str, x: Tensor) -> None:
-            b, c, h, w = x.shape
-            self.shapes[name] = (b, h, w, c)
-
-        network, mode = self.network, self.network.mode
-        network.watch, network.mode = watch, "float"
-        try:
-            with torch.no_grad():
-                network(torch.zeros(1, 3, *size))
-        finally:
-            network.watch, network.mode = None, mode
+        shapes = network.map_shapes(size)
+        self.shapes = {name: (1, height, width, channels) for name, (channels, height, width) in shapes.items()}
 
     def grid(self, name: str) -> tuple[list[float], list[int], int] | None:
         "What the integers of a map mean."

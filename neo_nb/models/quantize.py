@@ -338,6 +338,23 @@ def following(self: QuantNetwork) -> list[Tensor]:
     "The buffers that a forward pass in training changes."
     return [self.low, self.high] if self.training and not self.frozen else []
 
+# %% ../../nbs/40_models/28_quantize.ipynb #8672238f
+@patch
+@torch.no_grad()
+def map_shapes(
+    self: QuantNetwork,
+    size: tuple[int, int],  # (height, width) of its input
+) -> dict[str, tuple[int, int, int]]:  # (channels, height, width)
+    "What the maps of one image are like."
+    found: dict[str, tuple[int, int, int]] = {}
+    before = self.watch, self.mode
+    self.watch, self.mode = lambda name, x: found.update({name: tuple(x.shape[1:])}), "float"
+    try:
+        self(torch.zeros(1, 3, *size, device=self.low.device))
+    finally:
+        self.watch, self.mode = before
+    return found
+
 # %% ../../nbs/40_models/28_quantize.ipynb #2a989eb9
 Rule = Literal["minmax", "percentile", "mse"]
 SAMPLE = 4096  # Values per map and batch
