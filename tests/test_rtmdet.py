@@ -8,8 +8,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from test_train import work
 from test_update import by_two, difference
-from train_worker import stop_after_an_epoch
+from train_worker import images
 from update_worker import all_targets, crowds, gradients, make_loop, starve
 
 from neo_nb.base.boxes import cxcywh_to_xyxy
@@ -30,7 +31,7 @@ from neo_nb.synthetic.crowds import make_scenes
 from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config
 from neo_nb.train.loop import chunks
-from neo_nb.train.trainer import Trainer, train
+from neo_nb.train.trainer import Trainer
 
 
 def normed(x: torch.Tensor, layer) -> torch.Tensor:
@@ -312,20 +313,25 @@ def test_an_onnx_file_in_eight_bits_says_what_torch_says_but_for_single_steps(tr
         OnnxDetector(tmp_path / "x.onnx", precision="bf16")
 
 
-def test_a_training_in_eight_bits_begins_where_calibration_ends_and_resumes(trained, tmp_path):
-    table = scenes(trained)
-    more = {"model": "rtmdet_nano_relu", "size": (96, 160), "passes_per_epoch": 2, "batch_size": 4, "tracker": "none"}
-    more |= {"device": "cpu", "no_aug_epochs": 0, "policy": "none", "schedule": "constant", "warmup": 0.0, "lr": 1e-4}
-    more |= {"weights": str(trained / "run/weights/best.safetensors"), "int8": True, "epochs": 3}
-    straight = Trainer(make_config(**more), tmp_path / "straight", table, table)
-    straight.fit()
-    assert straight.model.config.int8 and straight.model.core.frozen, "ranges stand still at the end"
-    cut = Trainer(make_config(**more), tmp_path / "cut", table, table)
-    stop_after_an_epoch(cut)
-    assert cut.fit()["interrupted"]
-    train(make_config(**more), tmp_path / "cut", table, table, resume=True)
-    one, other = (load_state(tmp_path / name / "weights/last.pt")["model"] for name in ("straight", "cut"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+def test_a_training_in_eight_bits_goes_on_after_a_kill_bit_for_bit(tmp_path):
+    """With ranges that still follow the maps when it is killed, in the middle of an epoch."""
+    start = create_model("rtmdet_nano_relu", class_names=("tall", "wide"))
+    start.size = (96, 128)
+    save_weights(start, tmp_path / "float.safetensors")
+    config = {"model": "rtmdet_nano_relu", "int8": True, "weights": str(tmp_path / "float.safetensors")}
+    config |= {"checkpoint_steps": 2, "num_workers": 1, "schedule": "constant", "warmup": 0.0, "lr": 1e-3, "epochs": 3}
+    straight, _ = work(tmp_path, "straight", config=config)
+    assert straight.returncode == 0, straight.stderr[-2000:]
+    killed, done = work(tmp_path, "killed", config=config, kill_after=5)
+    assert killed.returncode == -9 and not done
+    state = load_state(tmp_path / "killed/weights/last.pt")
+    assert state["position"]["step"] == 4
+    resumed, _ = work(tmp_path, "killed", config=config, resume=True)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    one, two = (load_state(tmp_path / name / "weights/last.pt")["model"] for name in ("straight", "killed"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    ends = load_model(tmp_path / "straight/weights/last.safetensors")[0].core
+    assert not torch.equal(ends.high, to_int8(start, images(tmp_path / "images"))[0].core.high), "ranges have moved"
 
 
 def test_an_update_that_is_left_out_leaves_the_ranges_as_they_were(trained, tmp_path):

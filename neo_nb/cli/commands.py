@@ -219,6 +219,7 @@ def export(
     to: Literal["onnx", "tflite"] = "onnx",  # The kind of file
     calibration_split: str = "train",  # Of int8: the split whose images choose the ranges
     calibration: Rule = "mse",  # Of int8: how they do: minmax, percentile or mse
+    processor: str | None = None,  # TFLite in int8: compile it as well for this Arm Ethos-U, such as ethos-u55-128
 ) -> Result:
     "Write an ONNX or a TFLite file, and prove that it finds what the model finds."
     precision = "int8" if to == "tflite" and precision == "auto" else precision
@@ -234,6 +235,8 @@ def export(
         raise InputError(what, "--calibration-split", "take train, or a split of its own")
     check_device(device)
     require(*(("onnx", "onnxscript") if to == "onnx" else ("ai-edge-litert",)))
+    if processor is not None:
+        _check_processor(processor, to, precision)
     path = find_detector(detector)
     data = _data_of(path, data, split)
     run = run_about("export", path, data)
@@ -242,10 +245,20 @@ def export(
     if not small:
         return run_notebook("export", run, common | {"batch": batch, "opset": opset, "device": device})
     more = {"to": to, "batch": batch, "opset": opset}
-    more |= {"calibration_split": calibration_split, "calibration": calibration}
+    more |= {"calibration_split": calibration_split, "calibration": calibration, "processor": processor}
     return run_notebook("export_edge", run, common | more)
 
 # %% ../../nbs/90_cli/02_commands.ipynb #862cbf90
+def _check_processor(processor: str, to: str, precision: str) -> None:
+    "Raise `InputError` for a file that no Ethos-U takes, and for one that is not known."
+    from neo_nb.deploy.vela import PROCESSORS
+
+    if (to, precision) != ("tflite", "int8"):
+        raise InputError("an Ethos-U takes TFLite files in int8", "--processor", "add --to tflite")
+    require("ethos-u-vela")
+    check_choice(processor, PROCESSORS, "processor")
+
+
 _OF_ONNX = {"batch": "1", "opset": 18}  # As they are when not given
 _OF_FLOAT = {"device": "auto"}
 _OF_INT8 = {"calibration_split": "train", "calibration": "mse"}

@@ -25,23 +25,32 @@ def edge(
     minutes: float = 0.0,  # Of the training in float, in place of epochs; 0: no limit
     seed: int = 0,  # Of everything drawn
     calibration: Rule = "mse",  # How ranges are chosen before the training in eight bits: minmax, percentile or mse
+    processor: str = "ethos-u55-128",  # Arm Ethos-U that the file is also compiled for
     batch_size: int | None = None,  # Images per step; the target's when not given
     target: str | None = None,  # The machine that trains; that of settings.ini when not given
     device: str = "auto",  # Of the trainings: auto: the target's, else cpu, cuda or cuda:N
     resume: str | None = None,  # A run of this command to go on with
 ) -> Result:
     "Train, calibrate and train in eight bits; TFLite and ONNX files of each, compared on the same images."
+    from neo_nb.deploy.vela import PROCESSORS
     from neo_nb.runs.run import new_run
 
-    require(*TRAINING, "onnx", "onnxscript", "ai-edge-litert")
+    require(*TRAINING, "onnx", "onnxscript", "ai-edge-litert", "ethos-u-vela")
     if resume:
         return _go_on(resume)
     if minutes < 0 or (epochs is not None and epochs < 2):
         raise InputError(f"expected minutes >= 0 and 2 epochs or more, found {minutes:g} and {epochs}", "neo edge")
     _check_edge(model, size, device, target or settings()["target"])
+    check_choice(processor, PROCESSORS, "processor")
     data = check_data(data, "train", "val")
     given = {"data": data, "model": model, "size": size, "epochs": epochs, "minutes": minutes, "seed": seed}
-    given |= {"calibration": calibration, "batch_size": batch_size, "target": target, "device": device}
+    given |= {
+        "calibration": calibration,
+        "batch_size": batch_size,
+        "target": target,
+        "device": device,
+        "processor": processor,
+    }
     return _found(run_notebook("edge", new_run(data=Path(data).stem, model=model, kind="edge"), given))
 
 # %% ../../nbs/90_cli/12_edge_command.ipynb #2b4bff92

@@ -235,7 +235,7 @@ def verdicts(
     for kind, how in (("calibrated", "by calibration"), ("trained", "after training in eight bits")):
         if kind in score:
             lost = {name: score["float"][name] - score[kind][name] for name in ("AP", "AP50")}
-            words = (f"{abs(100 * x):.1f} points of {name} {'lost' if x > 0 else 'won'}" for name, x in lost.items())
+            words = (f"{abs(100 * x):.1f} points of {name} {'lost' if x >= 0 else 'won'}" for name, x in lost.items())
             said.append(f"Eight bits {how}: {', '.join(words)} against float.")
     whole = rows[rows.index.get_level_values("kind") != "float"]["AP"].groupby("kind")
     if len(rows.index.get_level_values("runtime").unique()) > 1:

@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from markupsafe import Markup
 
 from ..base.annotations import Annotations
 from ..base.core import atomic_write
@@ -89,7 +90,7 @@ def write_edge(
     worst = [[name, row["output"], row["kernel"], int(row["MACs"]), int(row["bytes"]), f"{row['error']:.2%}"]
              for name, row in layers.sort_values("error", ascending=False).iterrows()]  # fmt: skip
     sections = [
-        Section("What it came to", numbers(words) + facts({str(i + 1): line for i, line in enumerate(said)}, wide=True)),
+        Section("What it came to", numbers(words) + Markup().join(Markup("<p>{}</p>").format(line) for line in said)),
         Section("All detectors", table(["detector", *whole.columns], cells), "the same images, which chose neither weights nor ranges; milliseconds of one core"),
         Section("From float to eight bits", figure(plot_edge(rows), "edge")),
         Section("Layer by layer", table(["layer", "output", "kernel", "MACs", "bytes", "error"], worst, first=10, left=3), "error: what rounding this layer alone does to the outputs, as a share of their spread; the largest first"),
