@@ -206,6 +206,7 @@ def training_flags() -> type:
         "gpus": (_flag(str | None, "train on so many GPUs of this machine: a number, or all", ""), None),
         "processes": (_flag(int | None, "the same on a CPU: training processes that share each update", ""), None),
         "resume": (_flag(str | None, "a run to go on with: number, name, path, or last", ""), None),
+        "from_sscma": (_flag(str | None, "a command line of SSCMA in quotes: printed as ours, then run", ""), None),
     }
     for name, setting in TrainConfig.model_fields.items():
         hint = f"(default: {setting.default})" if name in ("pretrained", "seed", "tracker", "monitor") else ""
