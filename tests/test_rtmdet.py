@@ -16,7 +16,7 @@ from update_worker import all_targets, crowds, gradients, make_loop, starve
 from neo_nb.base.boxes import cxcywh_to_xyxy
 from neo_nb.base.core import InputError
 from neo_nb.cli.commands import export
-from neo_nb.data.batch import Targets
+from neo_nb.data.batch import Batch, Targets
 from neo_nb.data.loader import make_loader
 from neo_nb.deploy.detector import OnnxDetector, TorchDetector
 from neo_nb.deploy.onnx import export_onnx
@@ -24,7 +24,7 @@ from neo_nb.deploy.tflite import export_tflite
 from neo_nb.deploy.tflite_detector import TFLiteDetector
 from neo_nb.losses.dynamic_assigner import assign
 from neo_nb.models import create_model, load_model, load_weights, save_weights
-from neo_nb.models.int8 import to_int8
+from neo_nb.models.int8 import calibrate_detector, to_int8
 from neo_nb.models.qdq import QdqNetwork
 from neo_nb.models.rtmdet.head import Head, distances, make_cells
 from neo_nb.synthetic.crowds import make_scenes
@@ -290,6 +290,27 @@ def test_a_file_in_eight_bits_says_what_torch_says_bit_for_bit(trained, tmp_path
             found = detector.run(x[row].permute(1, 2, 0).numpy())
             for one, other in zip(found, expected):
                 assert np.abs(one[0] - other[row].permute(1, 2, 0).numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["rtmdet_lite0", "rtmdet_mnv4"])
+def test_a_backbone_of_timm_in_eight_bits_says_the_same_in_litert(name, tmp_path):
+    """lite0 pads as TensorFlow does, mnv4 has norms with and without an activation inside."""
+    torch.manual_seed(0)
+    model = create_model(name, 2).eval()
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_(0, 0.1)
+            norm.running_var.uniform_(0.5, 2)
+    model.size = (96, 160)
+    images = torch.randint(0, 255, (1, 3, 96, 160), dtype=torch.uint8)
+    small = model.quantise()
+    calibrate_detector(small, [Batch(images, *(torch.tensor([[96, 160]]),) * 2, torch.arange(1))])
+    detector = TFLiteDetector(export_tflite(small, tmp_path / "x.tflite"))
+    x = small.network_input(images)
+    with torch.no_grad():
+        expected = small.core(x)
+    for found, other in zip(detector.run(x[0].permute(1, 2, 0).numpy()), expected):
+        assert np.abs(found[0] - other[0].permute(1, 2, 0).numpy()).max() < 1e-5
 
 
 def test_an_onnx_file_in_eight_bits_says_what_torch_says_but_for_single_steps(trained, tmp_path):

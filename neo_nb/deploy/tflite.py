@@ -23,8 +23,7 @@ from ..base.extras import require
 from ..base.geometry import check_size, pad_to
 from .tflite_metadata import tflite_metadata, with_labels
 from ..models.contract import DetectionModel
-from ..models.fuse import fuse_norms
-from ..models.int8 import Core
+from ..models.int8 import make_core
 from ..models.quantize import Operation, QuantNetwork, scale_and_zero, weight_scales
 from ..models.rtmdet.model import RTMDet
 from ..models.weights import model_record
@@ -231,6 +230,10 @@ def write(self: _Writer, op: Operation) -> None:
     if op.kind in ("add", "mul"):
         sources += [] if op.number is None else [self.number(op)]
         return file.operator(op.kind.upper(), sources, [self.map(op)])
+    if op.kind == "pad":
+        left, right, top, bottom = op.pads
+        sources.append(self.constant(f"{op.name}_padding", [[0, 0], [top, bottom], [left, right], [0, 0]]))
+        return file.operator("PAD", sources, [self.map(op)])
     if op.kind == "concat":
         return file.operator("CONCATENATION", sources, [self.map(op)], axis=3)
     if op.kind == "upsample":
@@ -313,7 +316,7 @@ def export_tflite(
             f"{precision} of a model that is {'' if model.config.int8 else 'not '}in eight bits", path, remedy
         )
     own = _on_cpu(model)
-    network = own.core if model.config.int8 else QuantNetwork(fuse_norms(Core(own).eval()))
+    network = own.core if model.config.int8 else QuantNetwork(make_core(own))
     padded = pad_to(size, model.preprocessing.divisor)
     writer = _Writer(network, padded, precision)
     for op in network.operations:

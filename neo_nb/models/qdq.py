@@ -98,6 +98,8 @@ def compute(self: QdqNetwork, op: Operation, given: list[Tensor]) -> Tensor:
         return F.interpolate(given[0], scale_factor=2.0, mode="nearest")
     if op.kind == "concat":
         return torch.cat(given, 1)
+    if op.kind == "pad":
+        return F.pad(given[0], op.pads)
     if op.kind == "mean":
         return given[0].mean((2, 3), keepdim=True)
     one = {"sigmoid": torch.sigmoid, "relu6": F.relu6, "pool": self.modules_of.get(op.name)}

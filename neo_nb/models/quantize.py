@@ -6,8 +6,8 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'Kind', 'SAME_GRID', 'HINT', 'Mode', 'Rule', 'SAMPLE', 'OUTSIDE', 'scale_and_zero', 'fake_quantise',
-           'fake_quantise_weight', 'weight_scales', 'Operation', 'trace', 'QuantNetwork', 'choose_range', 'calibrate',
-           'layer_errors']
+           'fake_quantise_weight', 'weight_scales', 'Operation', 'trace', 'plain_convolutions', 'QuantNetwork',
+           'choose_range', 'calibrate', 'layer_errors']
 
 # %% ../../nbs/40_models/28_quantize.ipynb #5cc91db0
 import operator
@@ -23,6 +23,7 @@ from jaxtyping import config as shapes
 from torch import Tensor, fx, nn
 
 from ..base.core import InputError, check_choice
+from .fuse import fold_bn, make_conv
 
 # %% ../../nbs/40_models/28_quantize.ipynb #e6e2584e
 LEVELS = 255  # Steps between the smallest and the largest integer of an activation
@@ -63,8 +64,8 @@ def weight_scales(weight: Tensor) -> Float[Tensor, "c"]:
     return weight.abs().flatten(1).amax(1).float().clamp(min=1e-8) / 127
 
 # %% ../../nbs/40_models/28_quantize.ipynb #78e60168
-Kind = Literal["input", "conv", "add", "mul", "sigmoid", "relu6", "pool", "concat", "upsample", "mean"]
-SAME_GRID = ("pool", "concat", "upsample")  # They move integers as they are
+Kind = Literal["input", "conv", "add", "mul", "sigmoid", "relu6", "pool", "concat", "upsample", "mean", "pad"]
+SAME_GRID = ("pool", "concat", "upsample", "pad")  # They move integers as they are
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,13 @@ class Operation:
     module: str = ""  # A convolution's place in the network, or that of a pool
     activation: str = ""  # What is computed along with a convolution: "", "relu" or "relu6"
     number: float | None = None  # The constant of an addition or a product
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)  # Rows and columns of zeros: left, right, top, bottom
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d | nn.ReLU | nn.ReLU6 | nn.SiLU | nn.MaxPool2d | nn.Identity)
+        known = nn.Conv2d | nn.BatchNorm2d | nn.ReLU | nn.ReLU6 | nn.SiLU | nn.MaxPool2d | nn.Identity | nn.ZeroPad2d
+        return isinstance(m, known)
 
 
 _CALLS: dict[Any, Kind] = {
@@ -93,19 +96,24 @@ _CALLS: dict[Any, Kind] = {
 HINT = "take a variant whose name ends in _relu, or a network of plain convolutions, pools and sums"
 
 
+def _graph_of(core: nn.Module) -> fx.Graph:
+    "The calls of a network. Raises `InputError` for one that branches."
+    checked = shapes.jaxtyping_disable
+    shapes.update("jaxtyping_disable", True)  # what walks through the network while it is traced is no tensor
+    try:
+        return _Tracer().trace(core)
+    except fx.proxy.TraceError as error:
+        raise InputError(f"a network that decides by what it sees ({error})", None, HINT) from error
+    finally:
+        shapes.update("jaxtyping_disable", checked)
+
+
 class _Plan:
     "Operations as they are written down."
 
     def __init__(self, core: nn.Module):
         self.modules = dict(core.named_modules())
-        checked = shapes.jaxtyping_disable
-        shapes.update("jaxtyping_disable", True)  # what walks through the network while it is traced is no tensor
-        try:
-            self.graph = _Tracer().trace(core)
-        except fx.proxy.TraceError as error:
-            raise InputError(f"a network that decides by what it sees ({error})", None, HINT) from error
-        finally:
-            shapes.update("jaxtyping_disable", checked)
+        self.graph = _graph_of(core)
         self.operations: list[Operation] = []
         self.alias: dict[str, str] = {}  # Nodes that are another map under another name
 
@@ -119,15 +127,15 @@ def module(self: _Plan, node: fx.Node) -> None:
     part, before = self.modules[node.target], node.args[0].name
     if type(part) is nn.Conv2d:
         _check_conv(node.target, part)
-        followers = [self.modules.get(user.target) for user in node.users if user.op == "call_module"]
-        alone = followers[0] if len(node.users) == 1 and followers else None
-        act = {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(type(alone), "")
+        act = {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(type(self.follower(node)), "")
         self.add("conv", node.name, before, module=node.target, activation=act)
     elif isinstance(part, nn.Identity) or self.is_fused(node):
         self.alias[node.name] = self.alias.get(before, before)
     elif isinstance(part, nn.SiLU):
         self.add("sigmoid", f"{node.name}_gate", before)
         self.add("mul", node.name, before, f"{node.name}_gate")
+    elif isinstance(part, nn.ZeroPad2d):
+        self.add("pad", node.name, before, pads=tuple(part.padding))
     elif isinstance(part, nn.MaxPool2d) and part.stride == 1:
         self.add("pool", node.name, before, module=node.target)
     else:
@@ -135,11 +143,22 @@ def module(self: _Plan, node: fx.Node) -> None:
 
 # %% ../../nbs/40_models/28_quantize.ipynb #78344043
 @patch
+def follower(self: _Plan, node: fx.Node) -> nn.Module | None:
+    "The one module that sees what a call gives; what passes it on unchanged is looked through."
+    while len(node.users) == 1:
+        (node,) = node.users
+        part = self.modules.get(node.target) if node.op == "call_module" else None
+        if not isinstance(part, nn.Identity):
+            return part
+    return None
+
+
+@patch
 def is_fused(self: _Plan, node: fx.Node) -> bool:
     "Whether an activation is computed along with the convolution before it."
-    last = self.operations[-1]
+    last, before = self.operations[-1], node.args[0].name
     relu = isinstance(self.modules[node.target], nn.ReLU | nn.ReLU6)
-    return relu and last.kind == "conv" and last.name == node.args[0].name and bool(last.activation)
+    return relu and last.kind == "conv" and last.name == self.alias.get(before, before) and bool(last.activation)
 
 
 def _check_conv(name: str, conv: nn.Conv2d) -> None:
@@ -201,6 +220,35 @@ def trace(
         else:
             raise InputError(f"{node.name} is a constant of its own, which has no 8-bit form here", None, HINT)
     return plan.operations, outputs
+
+# %% ../../nbs/40_models/28_quantize.ipynb #d2f12fd5
+def plain_convolutions(
+    core: nn.Module,  # In evaluation mode; changed in place
+) -> nn.Module:
+    "Fold norms that follow a convolution anywhere in the graph; padding of TensorFlow's kind becomes a step of its own."
+    modules = dict(core.named_modules())
+    for node in _graph_of(core).nodes:
+        norm = modules.get(node.target) if node.op == "call_module" else None
+        if not isinstance(norm, nn.BatchNorm2d):
+            continue
+        before = node.args[0]
+        conv = modules.get(before.target) if before.op == "call_module" else None
+        if not isinstance(conv, nn.Conv2d) or len(before.users) > 1:
+            raise InputError(
+                f"{node.target} is a norm without a convolution before it, which has no 8-bit form", None, HINT
+            )
+        plain = make_conv(conv, *fold_bn(conv, norm))
+        if type(conv).__name__ == "Conv2dSame":
+            plain = nn.Sequential(nn.ZeroPad2d(_same_pads(conv)), plain)
+        core.set_submodule(before.target, plain)
+        core.set_submodule(node.target, getattr(norm, "act", nn.Identity()))
+    return core
+
+
+def _same_pads(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    "Left, right, top, bottom."
+    down, across = (max(side - stride, 0) for side, stride in zip(conv.kernel_size, conv.stride))
+    return across // 2, across - across // 2, down // 2, down - down // 2
 
 # %% ../../nbs/40_models/28_quantize.ipynb #c81eb099
 Mode = Literal["float", "quantised"]
@@ -282,6 +330,8 @@ def compute(self: QuantNetwork, op: Operation, maps: dict[str, Tensor]) -> Tenso
         return self.net.get_submodule(op.module)(x)
     if op.kind == "concat":
         return torch.cat([maps[name] for name in op.inputs], 1)
+    if op.kind == "pad":
+        return F.pad(x, op.pads)
     if op.kind == "mean":
         return x.mean((2, 3), keepdim=True)
     return {"sigmoid": torch.sigmoid, "relu6": F.relu6}[op.kind](x)
