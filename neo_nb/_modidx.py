@@ -2963,6 +2963,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'neo_nb.train.rehearsal._fitted': ('60_train/rehearsal.html#_fitted', 'neo_nb/train/rehearsal.py'),
                                         'neo_nb.train.rehearsal._nothing': ( '60_train/rehearsal.html#_nothing',
                                                                              'neo_nb/train/rehearsal.py'),
+                                        'neo_nb.train.rehearsal._shapes_of': ( '60_train/rehearsal.html#_shapes_of',
+                                                                               'neo_nb/train/rehearsal.py'),
                                         'neo_nb.train.rehearsal._waiting': ( '60_train/rehearsal.html#_waiting',
                                                                              'neo_nb/train/rehearsal.py'),
                                         'neo_nb.train.rehearsal._where': ('60_train/rehearsal.html#_where', 'neo_nb/train/rehearsal.py'),

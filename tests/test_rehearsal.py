@@ -58,6 +58,17 @@ def test_an_update_an_evaluation_and_a_deployed_copy(name, scenes, batch, tmp_pa
                 evaluated(trainer, network, batch)
 
 
+def test_a_training_in_eight_bits_waits_for_nothing_either(scenes, batch, tmp_path):
+    """Ranges are read and moved on the card, map by map."""
+    with rehearsal() as seen:
+        model = build_model(config_of("rtmdet_nano_relu", "fp32"), scenes).quantise()
+        model.set_progress(0.1)
+        trainer = Trainer(config_of("rtmdet_nano_relu", "bf16"), tmp_path, scenes, scenes, model)
+        updated(trainer, batch, seen, [])
+        assert {x.device.type for x in model.core.following()} == {"cuda"}
+        evaluated(trainer, trainer.ema.model, batch)
+
+
 def updated(trainer: Trainer, batch, seen: list[Passage], matched: list[str]) -> None:
     trainer.model.train()
     seen.clear()

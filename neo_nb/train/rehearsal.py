@@ -223,6 +223,19 @@ class _Fakes(FakeTensorMode):
 
     avoid_device_init = True
 
+# %% ../../nbs/60_train/13_rehearsal.ipynb #12323b1c
+def _shapes_of(x: Tensor, *grid: object) -> tuple[Tensor, Tensor]:
+    "What rounding to eight bits gives: the map, and where its gradient passes."
+    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+
+
+_MISSING = torch.library.Library("aten", "IMPL")  # torch does not say what shapes these give
+for _name in (
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    "fake_quantize_per_channel_affine_cachemask",
+):
+    _MISSING.impl(_name, _shapes_of, "Meta")
+
 # %% ../../nbs/60_train/13_rehearsal.ipynb #97eb2ab7
 def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     "`nn.Module.to` and its like: torch's own way swaps the contents of two tensors, which these have not."
