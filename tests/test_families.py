@@ -83,18 +83,14 @@ def test_the_other_commands_take_the_run(trained):
     if name.startswith("rtmdet"):
         told = neo("export", number, "--to", "tflite", "--min-score", least, cwd=folder)
         assert "export proven" in told and " by " in told
-        whole = json.loads(neo("export", number, "--precision", "int8", "--min-score", least, "--json", cwd=folder))
-        assert whole["file"] == "model.onnx" and whole["precision"] == "int8"
         small = next(folder.glob("reports/*/model.tflite"))
         assert json.loads(neo("evaluate", small, "--data", "cells", "--json", cwd=folder))["images"] == 4
     neo("predict", file, folder / "data/cells/images/0.jpg", cwd=folder)
+    if name != SMALLEST[0]:
+        return  # what follows depends on detections alone
     neo("predict", number, folder / "data/cells/images/0.jpg", cwd=folder)
-    if name in SMALLEST:
-        assert "images/s" in neo("benchmark", number, cwd=folder)
-    changed = neo("compare", number, number, cwd=folder)
-    assert "0 objects gained, 0 lost" in changed
-    if name not in SMALLEST:
-        return  # what is mined depends on detections alone
+    assert "images/s" in neo("benchmark", number, cwd=folder)
+    assert "0 objects gained, 0 lost" in neo("compare", number, number, cwd=folder)
     mined = json.loads(neo("mine", number, "--threshold", "0", "--json", cwd=folder))
     assert mined["name"] == "cells-mined-1"
     mined = json.loads(neo("mine", Path(found["run"]).name, "--threshold", "0", "--json", cwd=folder))
@@ -106,7 +102,9 @@ def test_its_errors_are_browsed(trained):
 
     if database_problem():
         pytest.skip(database_problem())
-    _, folder, run = trained
+    name, folder, run = trained
+    if name not in SMALLEST:
+        pytest.skip("the same features as the smallest of its family")
     views = json.loads(neo("errors", run.name.partition("-")[0], "--json", cwd=folder))["views"]
     assert views["images with the most errors"] == 4
 
