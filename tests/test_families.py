@@ -71,6 +71,8 @@ def test_a_training_writes_what_every_training_writes(trained):
 
 def test_the_other_commands_take_the_run(trained):
     name, folder, run = trained
+    if name == "dinov3_detr_nano":
+        pytest.skip("its two halves are walked through: detr_nano, and dinov3_rtdetr_nano's backbone")
     number = run.name.partition("-")[0]
     found = json.loads(neo("evaluate", number, "--verify", "--json", cwd=folder))
     assert found["images"] == 4 and found["verification"]["AP"]["difference"] < 1e-6

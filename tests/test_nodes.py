@@ -20,7 +20,7 @@ from neo_nb.runs.run import find_job, read_record
 from neo_nb.train.checkpoint import load_state
 
 HOST = "127.0.0.2"  # another address than localhost, as another machine has; Linux has all of 127/8
-EPOCHS = 5  # so many that a signal comes before the end also on a machine that is busy
+EPOCHS = 4  # so many that a signal comes before the end also on a machine that is busy
 FLAGS = f"--data data_manifests/drawn.yaml --model rtdetr_nano --size 64 96 --epochs {EPOCHS} --passes-per-epoch 1"
 FLAGS += " --batch-size 2 --grad-accum-steps 1 --no-aug-epochs 1 --num-workers 0 --num-queries 20 --checkpoint-steps 1"
 FLAGS += " --device cpu --target cpu --no-cache --seed 3"

@@ -24,7 +24,8 @@ from ..base.geometry import check_size, pad_to
 from .tflite_metadata import tflite_metadata, with_labels
 from ..models.contract import DetectionModel
 from ..models.int8 import make_core
-from ..models.quantize import Operation, QuantNetwork, scale_and_zero, weight_scales
+from ..models.operations import Operation
+from ..models.quantize import QuantNetwork, scale_and_zero, weight_scales
 from ..models.rtmdet.model import RTMDet
 from ..models.weights import model_record
 

@@ -86,7 +86,7 @@ def _output(t: _Tables, name: str) -> int:
         more["f6"] = t.tables([t.table(5, f0=LABELS, f1="the classes", f2=("byte", AXIS_LABELS))])
     return t.table(7, f0=name, f1=text, f2=t.texts(("batch", "row", "column", "channel")), **more)
 
-
+# %% ../../nbs/65_deploy/06_tflite_metadata.ipynb #8de5d64f
 def tflite_metadata(
     model: str,  # Its name
     outputs: Sequence[str],  # Names in the file's order

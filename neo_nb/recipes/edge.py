@@ -192,7 +192,7 @@ def layer_table(
         })  # fmt: skip
     return pd.DataFrame(rows).set_index("layer")
 
-
+# %% ../../nbs/80_recipes/07_edge.ipynb #7441453e
 def least_arena(
     file: str | Path,  # A TFLite file
 ) -> int:  # Bytes

@@ -80,27 +80,34 @@ def write_edge(
         whole.to_csv(path, float_format="%.5g")
     with atomic_write(run / "edge.md") as path:
         path.write_text(_as_markdown(title, said, whole, about, command), encoding="utf-8")
+    sections = _sections(run, rows, whole, said, layers) + [Section("How", facts(dict(about) | {"command": command}))]
+    return write_page(run / "edge.html", title, sections, subtitle=f"{len(annotations)} images of {annotations.name}")
+
+# %% ../../nbs/80_recipes/08_edge_page.ipynb #59dd158a
+def _sections(
+    run: Path, rows: pd.DataFrame, whole: pd.DataFrame, said: list[str], layers: pd.DataFrame
+) -> list[Section]:
+    "What the page shows, card by card."
     cells = [
         [name, *(None if pd.isna(v) else round(float(v), 3) for v in row)]
         for name, row in zip(whole.index, whole.to_numpy())
     ]
+    runtime = "tflite" if "tflite" in rows.index.get_level_values("runtime") else "torch"
     last = rows.loc[("trained", runtime)]
     words = {"AP in eight bits": float(last["AP"]), "AP in float": float(rows.loc[("float", runtime), "AP"])}
     words |= {"MB": float(last["MB"])} if last["MB"] == last["MB"] and last["MB"] else {}
     worst = [[name, row["output"], row["kernel"], int(row["MACs"]), int(row["bytes"]), f"{row['error']:.2%}"]
              for name, row in layers.sort_values("error", ascending=False).iterrows()]  # fmt: skip
-    sections = [
+    return [
         Section("What it came to", numbers(words) + Markup().join(Markup("<p>{}</p>").format(line) for line in said)),
         Section("All detectors", table(["detector", *whole.columns], cells), "the same images, which chose neither weights nor ranges; milliseconds of one core"),
         Section("From float to eight bits", figure(plot_edge(rows), "edge")),
         Section("Layer by layer", table(["layer", "output", "kernel", "MACs", "bytes", "error"], worst, first=10, left=3), "error: what rounding this layer alone does to the outputs, as a share of their spread; the largest first"),
         Section("Where eight bits lost most", gallery(read_images(run / "gallery" / "worse")), "left float, right in eight bits after training"),
         Section("Where they won most", gallery(read_images(run / "gallery" / "better")), "left float, right in eight bits after training"),
-        Section("How", facts(dict(about) | {"command": command})),
     ]  # fmt: skip
-    return write_page(run / "edge.html", title, sections, subtitle=f"{len(annotations)} images of {annotations.name}")
 
-
+# %% ../../nbs/80_recipes/08_edge_page.ipynb #a387ce03
 def _as_markdown(title: str, said: list[str], whole: pd.DataFrame, about: Mapping[str, Any], command: str) -> str:
     "The same in a text file."
     head = ["detector", *whole.columns]
