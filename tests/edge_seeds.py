@@ -58,7 +58,7 @@ def run_one(folder: Path, size: int, seed: int, model: str, epochs: int | None) 
 def table_of(rows: pd.DataFrame) -> pd.DataFrame:
     "Means over the seeds, with what each step lost against float in the same runtime and seed."
     base = rows[rows.kind == "float"].set_index(["size", "seed", "runtime"])[["AP", "AP50"]]
-    both = rows.join(base, on=["size", "seed", "runtime"], rsuffix=" float")
+    both = rows.join(base.add_suffix(" float"), on=["size", "seed", "runtime"])
     for name in ("AP", "AP50"):
         both[f"{name} lost"] = both[f"{name} float"] - both[name]
     groups = both.groupby(["size", "kind", "runtime"])
