@@ -23,7 +23,7 @@ from ...losses.dense_loss import DenseSums, as_fractions, dense_loss
 from ..backbones import freeze, make_backbone
 from ..contract import DetectionModel, Outputs, Preprocessing
 from ..layers import ConvNorm
-from ..nms import keep_best
+from ..nms import keep_best, top_scores
 from .cspnext import CSPNeXt
 from .head import Head, boxes_of, distances, make_cells
 from .pafpn import PAFPN
@@ -224,10 +224,10 @@ def detect(
     middle, sides = outputs.boxes[..., :2], outputs.boxes[..., 2:]
     real = ((middle >= 0) & (middle < ends[:, None]) & (sides > 0)).all(-1, keepdim=True)
     scores = (scores * real).flatten(1)
-    scores, chosen = scores.topk(min(self.config.candidates, scores.shape[1]), 1)
+    scores, chosen = top_scores(scores, self.config.candidates)
     labels = chosen % self.num_classes
     boxes = outputs.boxes.gather(1, (chosen // self.num_classes)[..., None].expand(-1, -1, 4))
     boxes = denormalize_boxes(boxes, sizes, original_sizes, outputs.padded)
     scores = scores * keep_best(boxes, labels, self.config.nms_iou)
-    scores, best = scores.topk(min(max_dets or self.max_dets, scores.shape[1]), 1)
+    scores, best = top_scores(scores, max_dets or self.max_dets)
     return boxes.gather(1, best[..., None].expand(-1, -1, 4)), scores, labels.gather(1, best)
