@@ -14,7 +14,7 @@ from ..base.core import InputError, check_choice, settings
 from ..base.devices import check_device
 from ..base.extras import require
 from ..base.geometry import check_size
-from .commands import TRAINING, Result, Rule, check_data, relative, run_notebook
+from .commands import TRAINING, Result, Rule, check_data, go_on, relative, run_notebook
 
 # %% ../../nbs/90_cli/12_edge_command.ipynb #44780373
 def edge(
@@ -37,7 +37,7 @@ def edge(
 
     require(*TRAINING, "onnx", "onnxscript", "ai-edge-litert", "ethos-u-vela")
     if resume:
-        return _go_on(resume)
+        return _found(go_on("edge", resume))
     if minutes < 0 or (epochs is not None and epochs < 2):
         raise InputError(f"expected minutes >= 0 and 2 epochs or more, found {minutes:g} and {epochs}", "neo edge")
     _check_edge(model, size, device, target or settings()["target"])
@@ -67,18 +67,6 @@ def _check_edge(model: str, size: tuple[int, int] | None, device: str, target: s
     if not model.startswith("rtmdet_"):
         raise InputError(f"{model} has no form in eight bits", "--model", "take an RTMDet, such as rtmdet_nano_relu")
     create_model(model, 1).eval().quantise()  # a backbone of timm may have what no kernel knows
-
-
-def _go_on(name: str) -> Result:
-    "A run of this command, from where it was cut."
-    from neo_nb.runs.run import open_run, read_record
-
-    run = open_run(name)
-    before = read_record(run)
-    if before.get("command") != "edge":
-        raise InputError("not a run of neo edge", run, "neo train --resume goes on with a training")
-    known = {key: value for key, value in before["parameters"].items() if key != "run"}
-    return _found(run_notebook("edge", run, known, new=False))
 
 
 def _found(done: Result) -> Result:

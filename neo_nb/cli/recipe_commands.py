@@ -15,7 +15,7 @@ from pathlib import Path
 from ..base.core import InputError, workspace_root
 from ..base.devices import Precision, check_device
 from ..base.extras import require
-from .commands import TRAINING, Result, check_data, check_tile, relative, run_about, run_notebook
+from .commands import TRAINING, Result, check_data, check_tile, go_on, relative, run_about, run_notebook
 
 # %% ../../nbs/90_cli/05_recipe_commands.ipynb #01ec8084
 def _check(
@@ -96,13 +96,11 @@ def logo(
 ) -> Result:
     "From a first training to a release: larger input, tiles, mining, and what each is worth."
     from neo_nb.recipes.small_objects import STEPS, choose_steps
-    from neo_nb.runs.run import new_run, open_run, read_record
+    from neo_nb.runs.run import new_run
 
     require(*TRAINING)
     if resume:
-        run = open_run(resume)
-        given = read_record(run).get("parameters", {})
-        return _found(run_notebook("logo", run, {k: v for k, v in given.items() if k != "run"}, new=False))
+        return _found(go_on("logo", resume))
     choose_steps(steps)
     check_device(device)
     data = check_data(data, "train", "val", golden)

@@ -15,7 +15,7 @@ from typing import Literal
 from ..base.core import InputError, check_choice, settings
 from ..base.devices import Precision, check_device
 from ..base.extras import require
-from .commands import TRAINING, Result, check_data, find_detector, relative, run_notebook
+from .commands import TRAINING, Result, check_data, find_detector, go_on, relative, run_notebook
 from .train_command import choose_for_machine
 
 # %% ../../nbs/90_cli/09_tune_command.ipynb #8448d9ae
@@ -43,7 +43,7 @@ def tune(
 
     require(*TRAINING, "optuna")
     if resume:
-        return _go_on(resume)
+        return _found(go_on("tune", resume))
     if not 1 <= trials <= 1000 or minutes <= 0 or (epochs is not None and epochs < 1):
         raise InputError(f"expected minutes > 0 and 1 to 1000 trials, found {minutes:g} and {trials}", "neo tune")
     target = target or settings()["target"]
@@ -69,18 +69,6 @@ def _check_training(model: str, recipe: str, pretrained: str, device: str, targe
     check_device(device)
     if model != "auto":
         check_model(model, **({} if pretrained in ("auto", "none") else {"pretrained": pretrained}))
-
-
-def _go_on(name: str) -> Result:
-    "A run of this command, from where it was cut."
-    from neo_nb.runs.run import open_run, read_record
-
-    run = open_run(name)
-    before = read_record(run)
-    if before.get("command") != "tune":
-        raise InputError("not a run of neo tune", run, "neo train --resume goes on with a training")
-    known = {key: value for key, value in before["parameters"].items() if key != "run"}
-    return _found(run_notebook("tune", run, known, new=False))
 
 
 def _found(done: Result) -> Result:
