@@ -1,4 +1,4 @@
-"""What a packaged backbone is worth for a few photos of one class, in equal time: the third thing that issue 14 asks for.
+"""What a packaged backbone is worth for a few photos of one class, in equal time.
 
     python tests/one_class.py FOLDER [MINUTES] [SEED ...] [--jobs 2]
 

@@ -1,4 +1,4 @@
-"""Whether `neo tune` beats the default in equal total time, on drawn scenes: the sixth thing that issue 14 asks for.
+"""Whether `neo tune` beats the default in equal total time, on drawn scenes.
 
     python tests/worth_tuning.py FOLDER [SEED ...] [--trials 8] [--epochs 5]
 
