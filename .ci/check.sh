@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" MPLBACKEND=Agg HF_HUB_OFFLINE=1 NO_ALBUMENTATIONS_UPDATE=1 OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the package; one compiles it
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export TRACKIO_DIR="$scratch/trackio" NEO_REPORTS="$scratch/reports"

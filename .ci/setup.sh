@@ -38,7 +38,8 @@ echo "setup: installing (a few minutes the first time: torch is large)"
 uv=$(command -v uv || true)
 if [ -z "$uv" ] && .venv/bin/python -m pip install -q uv 2>/dev/null; then uv=.venv/bin/uv; fi
 if [ -n "$uv" ]; then
-  UV_LINK_MODE=${UV_LINK_MODE:-copy} "$uv" pip install -q --python .venv/bin/python -c constraints.txt -e '.[all,dev]'
+  # compiled once: else every command compiles torch and the rest where Python may not write, as in many containers
+  UV_LINK_MODE=${UV_LINK_MODE:-copy} "$uv" pip install -q --compile-bytecode --python .venv/bin/python -c constraints.txt -e '.[all,dev]'
 else
   .venv/bin/python -m pip install -q -c constraints.txt -e '.[all,dev]'
 fi

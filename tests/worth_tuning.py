@@ -18,7 +18,7 @@ from neo_nb.base.core import atomic_write
 from neo_nb.data.manifest import load_dataset
 from neo_nb.recipes.study_page import plot_study, write_study
 from neo_nb.recipes.tune import hold_against, tune, verdict
-from neo_nb.runs.results import save_figure
+from neo_nb.runs.curves import save_figure
 from neo_nb.train.config import make_config
 
 

@@ -60,9 +60,9 @@ def check_data(name: str, *splits: str) -> str:  # The name; a YAML's path as no
 
 def run_notebook(name: str, run: Path, parameters: Mapping[str, Any], new: bool = True) -> Result:
     "Execute a run notebook and read what it found."
+    from neo_nb.runs.curves import results_text
     from neo_nb.runs.index import write_index
     from neo_nb.runs.report import write_notebook_html, write_report
-    from neo_nb.runs.results import results_text
     from neo_nb.runs.run import execute
 
     refused = False
@@ -359,9 +359,9 @@ def demo(
     seed: int = 0,  # Of everything drawn
 ) -> Result:
     "Scenes, trained, evaluated, exported and reported in a few minutes."
+    from neo_nb.runs.curves import results_text
     from neo_nb.runs.index import write_index
     from neo_nb.runs.report import write_notebook_html, write_report
-    from neo_nb.runs.results import results_text
     from neo_nb.runs.run import execute, new_run
 
     require(*TRAINING, "onnx", "onnxscript")

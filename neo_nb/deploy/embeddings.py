@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from ..base.annotations import Annotations
 from ..base.core import InputError
@@ -42,6 +41,8 @@ def pooled(
     frame: tuple[int, int],  # (height, width)
 ) -> Float[Tensor, "m d"]:  # d: the channels of all levels together
     "The mean of each level inside each box, as unit vectors."
+    from torchvision.ops import roi_align  # imported late: it takes longer than torch itself
+
     levels = []
     for x in maps:
         scale = x.shape[-1] / frame[1]

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torchvision.ops import nms
 
 # %% ../../nbs/40_models/13_nms.ipynb #4d825b6f
 ROUNDS = 16  # In an exported graph
@@ -63,6 +62,8 @@ def keep_best(
 
 def _one_by_one(boxes: Tensor, labels: Tensor, iou_threshold: float) -> Bool[Tensor, "k"]:
     "The loop of the definition, for one image."
+    from torchvision.ops import nms  # imported late: it takes longer than torch itself
+
     order = torch.arange(len(boxes), 0, -1, dtype=boxes.dtype)  # best first stays best first
     keep = torch.zeros(len(boxes), dtype=torch.bool)
     for label in labels.unique():

@@ -29,7 +29,7 @@ from neo_nb.recipes.tune import (
     trial_table,
     verdict,
 )
-from ..runs.results import read_results, save_figure
+from ..runs.curves import read_results, save_figure
 from ..train.config import TrainConfig
 
 # %% ../../nbs/80_recipes/06_study_page.ipynb #d5b25bbf

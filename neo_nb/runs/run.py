@@ -296,6 +296,8 @@ def execute(
     new: bool = True,  # The folder is this run's own: bad input takes it away again
 ) -> Path:  # The executed notebook
     "Run a notebook into a run's folder; the table above says what is raised."
+    # jsonschema, which papermill reads notebooks with, compiles a grammar of addresses for a second; none is checked
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     from neo_nb.runs.execution import LiveOutput, RunMonitor
 
     notebook = run_notebook(notebook)
