@@ -35,4 +35,4 @@ step "chapters"
 nbdev-test --n-workers 2
 
 step "tests"
-python -m pytest -q -ra -n 2 --dist loadfile --no-loadscope-reorder # else the long files, of few tests, come last
+python -m pytest -ra -n 2 --dist loadfile --no-loadscope-reorder # else the long files, of few tests, come last

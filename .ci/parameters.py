@@ -20,6 +20,7 @@ COMMANDS: dict[str, Callable] = {
     "evaluate": commands.evaluate,
     "export": commands.export,
     "export_edge": commands.export,
+    "export_engine": commands.export,
     "benchmark_transformers": commands.benchmark,
     "errors": review_commands.errors,
     "compare_runs": review_commands.compare,

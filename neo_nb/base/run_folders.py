@@ -191,7 +191,7 @@ def find_run(
     return found[0]
 
 # %% ../../nbs/00_base/11_run_folders.ipynb #689c2662
-_DETECTORS = (".safetensors", ".onnx", ".tflite", ".pth", ".pt", ".bin")
+_DETECTORS = (".safetensors", ".onnx", ".tflite", ".engine", ".pth", ".pt", ".bin")
 _IN_FOLDER = (*NEEDS["weights"], "model.safetensors", "best.safetensors", "last.safetensors", "config.json")
 
 

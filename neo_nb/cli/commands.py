@@ -230,38 +230,66 @@ def export(
     split: str = "val",  # Split of the data set
     min_score: float = 0.05,  # From this score on a detection of torch must be one of the file too
     device: str = "auto",  # ONNX: where both are proven: auto, cpu, cuda or cuda:N
-    precision: FilePrecision = "auto",  # ONNX: of torch in the proof, or int8; TFLite: fp32, fp16 or int8 (auto)
-    to: Literal["onnx", "tflite"] = "onnx",  # The kind of file
+    precision: FilePrecision = "auto",  # fp32, fp16 or int8; auto: ONNX fp32, TensorRT fp16, TFLite int8
+    to: Literal["onnx", "tensorrt", "tflite"] = "onnx",  # The kind of file
+    target: str = "here",  # TensorRT: the GPU it is for: t4, a100, a10, rtx4000_ada, l4, rtx50, sm89 or here
     calibration_split: str = "train",  # Of int8: the split whose images choose the ranges
     calibration: Rule = "mse",  # Of int8: how they do: minmax, percentile or mse
     processor: str | None = None,  # TFLite in int8: compile it as well for this Arm Ethos-U, such as ethos-u55-128
 ) -> Result:
-    "Write an ONNX or a TFLite file, and prove that it finds what the model finds."
-    precision = "int8" if to == "tflite" and precision == "auto" else precision
+    "Write an ONNX file, a TensorRT engine or a TFLite file, and prove that it finds what the model finds."
+    usual = {"tflite": "int8", "tensorrt": "fp16", "onnx": "fp32"}
+    precision = usual[to] if precision == "auto" else precision
     small = to == "tflite" or precision == "int8"
     given = {"batch": batch, "opset": opset, "device": device, "calibration_split": calibration_split}
     _check_kind(to, precision, given | {"calibration": calibration})
-    if batch != "dynamic" and not (batch.isdigit() and int(batch) > 0):
-        raise InputError(f"batch is a number above 0 or dynamic, found {batch!r}", "neo export")
-    if not 0 < min_score < 1:
-        raise InputError(f"a score is between 0 and 1, found {min_score}", "neo export")
-    if precision == "int8" and calibration_split in (split, "val", "test"):
-        what = f"calibration on {calibration_split} would see what the file is judged by"
-        raise InputError(what, "--calibration-split", "take train, or a split of its own")
+    _check_export(batch, min_score, split, calibration_split if precision == "int8" else None)
     check_device(device)
-    require(*(("onnx", "onnxscript") if to == "onnx" else ("ai-edge-litert",)))
+    require(*(("ai-edge-litert",) if to == "tflite" else ("onnx", "onnxscript")))
+    if to == "tensorrt":
+        _check_builder(target)
     if processor is not None:
         _check_processor(processor, to, precision)
     path = find_detector(detector)
+    if to == "tensorrt" and path.suffix == ".onnx":
+        return run_notebook("export_engine", run_about("export", path, data), {"detector": path, "target": target})
     data = _data_of(path, data, split)
     run = run_about("export", path, data)
     common = {"detector": path, "size": size, "data": data, "split": split, "min_score": min_score}
     common |= {"precision": precision}
     if not small:
-        return run_notebook("export", run, common | {"batch": batch, "opset": opset, "device": device})
+        done = run_notebook("export", run, common | {"batch": batch, "opset": opset, "device": device})
+        return _engine(done, target, common) if to == "tensorrt" else done
     more = {"to": to, "batch": batch, "opset": opset}
     more |= {"calibration_split": calibration_split, "calibration": calibration, "processor": processor}
     return run_notebook("export_edge", run, common | more)
+
+# %% ../../nbs/90_cli/02_commands.ipynb #25480ef4
+def _check_export(batch: str, min_score: float, split: str, calibration_split: str | None) -> None:
+    "Raise `InputError` for values that no export takes."
+    if batch != "dynamic" and not (batch.isdigit() and int(batch) > 0):
+        raise InputError(f"batch is a number above 0 or dynamic, found {batch!r}", "neo export")
+    if not 0 < min_score < 1:
+        raise InputError(f"a score is between 0 and 1, found {min_score}", "neo export")
+    if calibration_split in (split, "val", "test"):
+        what = f"calibration on {calibration_split} would see what the file is judged by"
+        raise InputError(what, "--calibration-split", "take train, or a split of its own")
+
+# %% ../../nbs/90_cli/02_commands.ipynb #2e8e301b
+def _check_builder(target: str) -> None:
+    "Raise `InputError` where no engine can be built for a target, before anything is trained or written."
+    from neo_nb.deploy.tensorrt_build import capability_of, find_builder
+
+    find_builder(capability_of(target))
+
+
+def _engine(done: Result, target: str, asked: Mapping[str, Any]) -> Result:
+    "The engine of the ONNX file that was just proven, in the same run."
+    more = {name: asked[name] for name in ("data", "split", "min_score")} | {"target": target}
+    built = run_notebook("export_engine", done.run, {"detector": done.run / "model.onnx"} | more, new=False)
+    known = json.loads((done.run / "engine.json").read_text())
+    facts = f"{known['file']}: {known['MB']:.1f} MB, {known['for']}, {known['told']}"
+    return Result(f"{done.text}\n{facts}", dict(built.data) | {"engine": known}, done.run)
 
 # %% ../../nbs/90_cli/02_commands.ipynb #862cbf90
 def _check_processor(processor: str, to: str, precision: str) -> None:
@@ -281,6 +309,9 @@ _OF_INT8 = {"calibration_split": "train", "calibration": "mse"}
 
 def _check_kind(to: str, precision: str, given: dict[str, Any]) -> None:
     "Raise `InputError` for what another kind of file has."
+    if precision == "bf16" or (to == "tensorrt" and precision == "int8"):
+        known = "fp32 and fp16" if to == "tensorrt" else "fp32, fp16 and int8"
+        raise InputError(f"files for {to} are written in {known}, not in {precision}", "--precision")
     if to == "tflite" and precision not in ("fp32", "fp16", "int8"):
         raise InputError(f"TFLite files are written in fp32, fp16 or int8, not in {precision}", "--precision")
     others = _OF_ONNX if to == "tflite" else {}

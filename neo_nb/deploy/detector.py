@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -388,20 +389,26 @@ def _onnx_record(session, path: str | Path) -> dict:
     return record
 
 # %% ../../nbs/65_deploy/00_detector.ipynb #62954df3
+_RUNTIMES = {  # Built upon what stands here
+    "onnx": ("detector", "OnnxDetector"),
+    "tflite": ("tflite_detector", "TFLiteDetector"),
+    "tensorrt": ("tensorrt_detector", "TensorRTDetector"),
+}
+
+
 def load_detector(
     path: str
     | Path
-    | int,  # A run (number, name, path, last, best), .safetensors, .onnx, .tflite, .pth, folder, owner/name
+    | int,  # A run (number, name, path, last, best), .safetensors, .onnx, .tflite, .engine, .pth, folder, owner/name
     device: torch.device | str = "cpu",  # auto, cpu, cuda or cuda:N
     size: tuple[int, int] | None = None,  # (height, width) for a checkpoint; the one it was trained at when None
     precision: str = "fp32",  # auto, fp32, fp16 or bf16; an ONNX or TFLite file has its own
 ) -> Detector:
     "Open whatever detects. Raises `InputError` when it cannot be."
     kind, file = resolve_weights(find_detector(path))
-    if kind in ("onnx", "tflite"):
-        from neo_nb.deploy.tflite_detector import TFLiteDetector  # it is built upon what stands here
-
-        detector = (OnnxDetector if kind == "onnx" else TFLiteDetector)(file, device, precision)
+    if kind in _RUNTIMES:
+        module, name = _RUNTIMES[kind]
+        detector = getattr(import_module(f"neo_nb.deploy.{module}"), name)(file, device, precision)
         if size is not None and check_size(size) != detector.size:
             raise InputError(f"made for size {detector.size}, not {tuple(size)}", file, "export it at that size")
         return detector

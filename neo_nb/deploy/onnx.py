@@ -229,13 +229,14 @@ class Bound:
 
     score: float  # Largest difference of the scores of a pair
     share: float  # Least share of the detections with a partner, 0..1
+    ap: float  # Largest difference of AP
 
 
 BOUNDS = {
-    "fp32": Bound(1e-3, 0.995),
-    "fp16": Bound(0.02, 0.99),
-    "bf16": Bound(0.05, 0.97),
-    "int8": Bound(0.02, 0.99),  # of a file and of torch that computes as it does, in eight bits
+    "fp32": Bound(1e-3, 0.995, 0.001),
+    "fp16": Bound(0.02, 0.98, 0.003),
+    "bf16": Bound(0.05, 0.97, 0.005),
+    "int8": Bound(0.02, 0.99, 0.003),  # of a file and of torch that computes as it does, in eight bits
 }
 VERDICTS = ("proven", "differs", "not proven")
 
@@ -245,13 +246,16 @@ def prove(
     predicted: Detections,  # The file's, of the same images
     precision: str = "fp32",  # A key of `BOUNDS`: what the file computes in
     min_score: float = 0.05,  # From this score on a detection must have a partner
+    ap: tuple[float, float] | None = None,  # Of torch and of the file, where it was measured
 ) -> dict:  # What `compare` says, the bounds, and the `verdict`: one of `VERDICTS`
     "Whether a file finds what the model finds."
     bound = BOUNDS[check_choice(precision, BOUNDS, "precision")]
     found = compare(expected, predicted, 0.95, min_score, bound.score)
-    enough = VERDICTS[0] if found["agreement"] >= bound.share else VERDICTS[1]
+    difference = abs(ap[0] - ap[1]) if ap else 0.0
+    enough = VERDICTS[0] if found["agreement"] >= bound.share and difference <= bound.ap else VERDICTS[1]
     verdict = enough if found["detections"] else VERDICTS[2]
     rule = {"precision": precision, "min_score": min_score, "min_iou": 0.95}
+    found |= {"ap_difference": difference, "ap_bound": bound.ap} if ap else {}
     return found | rule | {"score_bound": bound.score, "share": bound.share, "verdict": verdict}
 
 # %% ../../nbs/65_deploy/04_onnx.ipynb #ebb72d92
@@ -294,6 +298,8 @@ def verdict_text(
     alike = proof["detections"] - proof["unmatched"] - proof["apart"]
     told += f"{alike:,} of {total:,} detections above {proof['min_score']:g} agree ({proof['agreement']:.2%}, "
     told += f"needed {proof['share']:.1%}); scores of pairs differ by {proof['score_difference']:.2g} at most"
+    if "ap_difference" in proof:
+        told += f"; AP differs by {proof['ap_difference']:.4f}, {proof['ap_bound']:g} at most"
     for row, items in worst_images(proof) if proof["verdict"] == VERDICTS[1] else ():
         name = row if ids is None else ids[row]
         told += f"; image {name}: {len(items)} differ, {_told(items[0], runtime)}"

@@ -6,7 +6,7 @@ Each of these commands leaves a JSON in its folder; the page of the run begins w
 
 # %% auto #0
 __all__ = ['SECTIONS', 'read_json', 'export_section', 'comparison_section', 'errors_section', 'mining_section',
-           'predictions_section', 'command_sections']
+           'predictions_section', 'engine_section', 'command_sections']
 
 # %% ../../nbs/70_runs/05_sections.ipynb #90838d27
 import json
@@ -137,8 +137,20 @@ def predictions_section(run: Path) -> Section | None:
         f"{found['detector']}; images with boxes in images/, the boxes in predictions.json",
     )
 
+# %% ../../nbs/70_runs/05_sections.ipynb #2d4fd04a
+def engine_section(run: Path) -> Section | None:
+    "What an engine is for, and whether it was run."
+    found = read_json(run / "engine.json")
+    if not found:
+        return None
+    shown = {key: value for key, value in found.items() if key not in ("told", "trtexec", "verdict")}
+    mark = {"proven": "good", "not run here": ""}.get(found["verdict"], "bad")
+    told = Markup('<p><b class="{}">{}</b></p>').format(mark, found["told"])
+    line = Markup("<h3>By TensorRT's own program</h3><pre>{}</pre>").format(found["trtexec"])
+    return Section("Engine", told + facts(shown) + line, "for one kind of GPU, and one version of TensorRT")
+
 # %% ../../nbs/70_runs/05_sections.ipynb #ff735444
-SECTIONS = (comparison_section, errors_section, mining_section, predictions_section, export_section)
+SECTIONS = (comparison_section, errors_section, mining_section, predictions_section, engine_section, export_section)
 
 
 def command_sections(
