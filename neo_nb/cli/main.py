@@ -44,6 +44,7 @@ from .predict_command import predict
 from .recipe_commands import logo, mine
 from .review_commands import compare, errors
 from .runs_commands import runs
+from .serve_command import serve
 from .train_command import train
 from .tune_command import tune
 from .workspace_commands import dashboard, init, lab
@@ -87,6 +88,7 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "compare": (compare, "two runs on the same images: is one better, and where"),
     "report": (report, "the page of a run in a browser; without a run, the page of all runs"),
     "predict": (predict, "images with boxes, and the boxes as JSON, COCO, YOLO or CSV"),
+    "serve": (serve, "a detector behind HTTP: batches, limits, metrics, a page to try it"),
     "runs": (runs, "all runs: what, on which data, how good, when; --sort AP, --data, --kind"),
     "launch": (launch, "one of these commands elsewhere: Hugging Face Jobs, SkyPilot, Slurm, Kubernetes"),
     "dashboard": (dashboard, "the curves of all runs in a browser"),
