@@ -40,9 +40,11 @@ if [ -z "$uv" ] && .venv/bin/python -m pip install -q uv 2>/dev/null; then uv=.v
 if [ -n "$uv" ]; then
   # compiled once: else every command compiles torch and the rest where Python may not write, as in many containers
   UV_LINK_MODE=${UV_LINK_MODE:-copy} "$uv" pip install -q --compile-bytecode --python .venv/bin/python -c constraints.txt -e '.[all,dev]'
+  "$uv" pip install -q --compile-bytecode --no-deps --python .venv/bin/python -c constraints.txt trackers motmetrics
 else
   .venv/bin/python -m pip install -q -c constraints.txt -e '.[all,dev]'
-fi
+  .venv/bin/python -m pip install -q --no-deps -c constraints.txt trackers motmetrics
+fi # without what they ask for: opencv-python would overwrite opencv-python-headless, and nothing they use is missing
 .venv/bin/python - <<'END'
 from neo_nb.review.fiftyone_db import prepare_database
 

@@ -8,50 +8,117 @@
 __all__ = ['predict']
 
 # %% ../../nbs/90_cli/11_predict_command.ipynb #a639168a
+import re
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..base.core import InputError
 from ..base.devices import Precision, check_device
+from ..base.extras import require
 from .commands import Result, about_detector, check_tile, find_detector, run_about
 
 # %% ../../nbs/90_cli/11_predict_command.ipynb #dda6fce0
 def predict(
     detector: str,  # A run (number, name, path, last, best), a .safetensors, an .onnx, or owner/name of the hub
-    images: tuple[str, ...],  # Images and folders of images, with the folders in them
+    images: tuple[str, ...],  # Images and folders of images; or one video, rtsp:// address or camera:0
     threshold: float | None = None,  # Score from which a box counts; that of the best F1 when not given
     classes: tuple[str, ...] = (),  # Names of the classes wanted; all when not given
     format: Literal["json", "coco", "yolo", "csv"] = "json",  # What is written beside predictions.json
     tile: tuple[int, int] | None = None,  # (height, width) of tiles in pixels of the images; whole when not given
     overlap: float = 0.2,  # With --tile: share of a tile that its neighbour sees too
+    track: bool = False,  # Video: follow objects from frame to frame; mot.txt
+    video: bool = True,  # Video: write video.mp4 with boxes
+    seconds: float | None = None,  # Video: end after so much of it
+    image_seconds: float | None = None,  # Say which images or frames took longer than this to detect
     device: str = "auto",  # auto, cpu, cuda or cuda:N
     precision: Precision = "auto",  # Of the network; auto: fp32 on a CPU, bf16 or fp16 on a GPU
 ) -> Result:
-    "Draw boxes on images, and write them as JSON, COCO, YOLO or CSV."
+    "Draw boxes on images or a video, and write them as JSON, COCO, YOLO, CSV or tracks."
     from neo_nb.data.image_inputs import find_images
-    from neo_nb.runs.index import write_index
-    from neo_nb.runs.predict import WRITTEN, predict_files, record_prediction
-    from neo_nb.runs.run import record
+    from neo_nb.runs.predict import WRITTEN, predict_files
 
-    files = find_images(images)
+    film = _film(images, track)
+    files = [] if film else find_images(images)
     path = find_detector(detector)
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise InputError(f"a threshold is in 0..1, found {threshold}", "neo predict")
+    _check_threshold(threshold)
     check_tile(tile, overlap)
     check_device(device)
+    if film:
+        options = {"threshold": threshold, "classes": classes, "track": track, "image_seconds": image_seconds}
+        return _predict_video(path, film, options | {"seconds": seconds}, video, tile, overlap, device, precision)
     run = run_about("predict", path, Path(images[0]).stem)
     begun = datetime.now().astimezone()
     on = {"device": device, "precision": precision}
-    found = predict_files(
-        path, files, run, threshold, tile=tile, overlap=overlap, classes=classes, format=format, **on
-    )
-    record_prediction(run, path, found)
-    spent = round((datetime.now().astimezone() - begun).total_seconds(), 1)
-    model = about_detector(path).get("config", {}).get("model")
-    record(run, started=begun.isoformat(timespec="seconds"), seconds=spent, config={"model": model},
-           parameters={"images": images, "classes": classes, "format": format} | on)  # fmt: skip
-    write_index(run.parent)
+    how = {"tile": tile, "overlap": overlap, "classes": classes, "format": format, "image_seconds": image_seconds}
+    found = predict_files(path, files, run, threshold, **how, **on)
+    _record(run, path, found, begun, {"images": images, "classes": classes, "format": format} | on)
     counts = ", ".join(f"{n} {name}" for name, n in found["counts"].items())
     text = f"{len(files)} images, {sum(found['counts'].values())} boxes above {found['threshold']:.2f}: {counts or 'none'}"
     return Result(f"{text}\nimages/, predictions.json{f', {WRITTEN[format]}' * (format != 'json')}", found, run)
+
+# %% ../../nbs/90_cli/11_predict_command.ipynb #1ba058d0
+def _film(images: tuple[str, ...], track: bool) -> str:
+    "The video that was given; empty for images."
+    from neo_nb.data.video import is_video
+
+    films = [name for name in images if is_video(name)]
+    if films and len(images) > 1:
+        raise InputError(f"one video at a time, found {len(images)} sources", "neo predict", "call it once for each")
+    if track and not films:
+        raise InputError("images have no tracks", "--track", "leave it out, or give a video")
+    return films[0] if films else ""
+
+
+def _check_threshold(threshold: float | None) -> None:
+    "Raise `InputError` for what is no score."
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"a threshold is in 0..1, found {threshold}", "neo predict")
+
+
+def _record(run: Path, path: Path, found: dict[str, Any], begun: datetime, asked: dict[str, Any]) -> None:
+    "The record and the page of images."
+    from neo_nb.runs.index import write_index
+    from neo_nb.runs.predict import record_prediction
+    from neo_nb.runs.run import record
+
+    record_prediction(run, path, found)
+    spent = round((datetime.now().astimezone() - begun).total_seconds(), 1)
+    model = about_detector(path).get("config", {}).get("model")
+    started = begun.isoformat(timespec="seconds")
+    record(run, started=started, seconds=spent, config={"model": model}, parameters=asked)
+    write_index(run.parent)
+
+# %% ../../nbs/90_cli/11_predict_command.ipynb #f2e0676e
+def _predict_video(
+    path: Path,
+    source: str,
+    options: dict[str, Any],  # Of `VideoPredictor`
+    video: bool,
+    tile: tuple[int, int] | None,
+    overlap: float,
+    device: str,
+    precision: Precision,
+) -> Result:
+    "A video as a run; bad input leaves none."
+    from neo_nb.deploy.detector import load_detector
+    from neo_nb.deploy.tiled import TiledDetector
+    from neo_nb.deploy.tracking import check_tracker
+    from neo_nb.deploy.video_predict import VideoPredictor, predict_video
+    from neo_nb.runs.predict import record_video
+
+    require("av")
+    if options["track"]:
+        check_tracker()
+    opened = load_detector(path, device, precision=precision)
+    opened = TiledDetector(opened, tile, overlap) if tile else opened
+    batch = 8 if opened.device.type == "cuda" else 1
+    predictor = VideoPredictor(opened, source, batch_size=batch, **options)
+    run = run_about("predict", path, re.sub(r"\W+", "_", Path(source).stem))
+    found = predict_video(predictor, run, video) | {"source": source}
+    record_video(run, path, found)
+    left = [f"{found[name]} {name}" for name in ("damaged", "dropped", "slow") if found[name]]
+    objects = [f"{found['objects']} objects"] if "objects" in found else []
+    text = f"{found['frames']} frames, {found['frames per second']} per second, {found['ended']}"
+    files = "detections.jsonl" + ", video.mp4" * video + ", mot.txt" * options["track"]
+    return Result(f"{', '.join([text, *objects, *left])}\n{files}", found, run)

@@ -6,7 +6,7 @@ Each of these commands leaves a JSON in its folder; the page of the run begins w
 
 # %% auto #0
 __all__ = ['SECTIONS', 'read_json', 'export_section', 'comparison_section', 'errors_section', 'mining_section',
-           'predictions_section', 'engine_section', 'command_sections']
+           'predictions_section', 'engine_section', 'video_section', 'command_sections']
 
 # %% ../../nbs/70_runs/05_sections.ipynb #90838d27
 import json
@@ -149,8 +149,29 @@ def engine_section(run: Path) -> Section | None:
     line = Markup("<h3>By TensorRT's own program</h3><pre>{}</pre>").format(found["trtexec"])
     return Section("Engine", told + facts(shown) + line, "for one kind of GPU, and one version of TensorRT")
 
+# %% ../../nbs/70_runs/05_sections.ipynb #1c052d74
+def video_section(run: Path) -> Section | None:
+    "A video with boxes, and how quickly it was made."
+    found = read_json(run / "video.json")
+    if not found:
+        return None
+    shown = {name: found[name] for name in ("frames", "frames per second", "objects") if name in found}
+    video = Markup('<video src="video.mp4" controls style="width:100%;border-radius:8px"></video>')
+    counts = table(("class", "boxes"), sorted(found["counts"].items(), key=lambda item: -item[1]))
+    told = {name: found[name] for name in ("ended", "damaged", "dropped", "slow", "threshold", "size", "fps")}
+    body = [numbers(shown), video if (run / "video.mp4").exists() else Markup(), counts, facts(told)]
+    return Section("Video", Markup("").join(body), f"{found['source']}; a line per frame in detections.jsonl")
+
 # %% ../../nbs/70_runs/05_sections.ipynb #ff735444
-SECTIONS = (comparison_section, errors_section, mining_section, predictions_section, engine_section, export_section)
+SECTIONS = (
+    video_section,
+    comparison_section,
+    errors_section,
+    mining_section,
+    predictions_section,
+    engine_section,
+    export_section,
+)
 
 
 def command_sections(
