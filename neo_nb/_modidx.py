@@ -1375,6 +1375,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'neo_nb/deploy/video_predict.py'),
                                              'neo_nb.deploy.video_predict._mot_lines': ( '65_deploy/video_predict.html#_mot_lines',
                                                                                          'neo_nb/deploy/video_predict.py'),
+                                             'neo_nb.deploy.video_predict._summary': ( '65_deploy/video_predict.html#_summary',
+                                                                                       'neo_nb/deploy/video_predict.py'),
                                              'neo_nb.deploy.video_predict._tell': ( '65_deploy/video_predict.html#_tell',
                                                                                     'neo_nb/deploy/video_predict.py'),
                                              'neo_nb.deploy.video_predict._whole_lines': ( '65_deploy/video_predict.html#_whole_lines',

@@ -336,15 +336,21 @@ def predict_video(
             raise
     finally:
         behind.finish()
-    spent = time.perf_counter() - begin
     if behind.error is not None:
         _tell(behind, folder)
-    left = {"damaged": reader.damaged, "dropped": predictor.ahead.dropped, "slow": predictor.slow}
-    found = {"frames": behind.frames, "seconds": round(spent, 2), "frames per second": round(behind.frames / spent, 2)}
-    found |= {"seconds of detecting": round(predictor.spent, 2), "ended": told or reader.told or "at its end"}
-    found |= {"threshold": predictor.threshold, "size": list(reader.size), "fps": reader.fps} | left
+    ended = told or reader.told or "at its end"
+    found = _summary(predictor, behind.frames, time.perf_counter() - begin) | {"ended": ended}
     found |= {"counts": {name: int(n) for name, n in zip(names, counts) if n}}
     return found | ({"objects": len(objects)} if predictor.tracker else {})
+
+# %% ../../nbs/65_deploy/19_video_predict.ipynb #c3e62601
+def _summary(predictor: VideoPredictor, frames: int, seconds: float) -> dict[str, Any]:
+    "How quickly it went, and what was left out."
+    reader = predictor.reader
+    found = {"frames": frames, "seconds": round(seconds, 2), "frames per second": round(frames / seconds, 2)}
+    found |= {"seconds of detecting": round(predictor.spent, 2), "threshold": predictor.threshold}
+    found |= {"size": list(reader.size), "fps": reader.fps}
+    return found | {"damaged": reader.damaged, "dropped": predictor.ahead.dropped, "slow": predictor.slow}
 
 
 def _tell(behind: _Behind, folder: Path) -> None:
