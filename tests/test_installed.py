@@ -5,10 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
+import httpx
 import pytest
+from command import free_port
 
 from neo_nb.synthetic.crowds import make_scenes
 
@@ -68,6 +71,30 @@ def works(place: Path, *words: str) -> str:
     return done.stdout
 
 
+def serves(place: Path) -> None:
+    """What the Dockerfiles do after the wheel is in: the extra, and the command of the image."""
+    lacking = neo(place, "serve", "2", at="birds")
+    assert lacking.returncode == 2 and 'pip install "neo_nb[serve]"' in lacking.stderr, lacking.stderr
+    install(place, "[serve]")
+    port = free_port()
+    words = [place / "venv" / "bin" / "neo", "serve", "3", "--port", str(port)]
+    process = subprocess.Popen(words, cwd=place / "birds", env=clean(), stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(600):
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
+                    break
+            except httpx.TransportError:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.1)
+        photo = (place / "new.jpg").read_bytes()
+        answer = httpx.post(f"http://127.0.0.1:{port}/detect", files={"file": ("new.jpg", photo)})
+        assert answer.status_code == 200 and answer.json()["images"][0]["height"] == 180, answer.text
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
+
+
 PYTHON = """
 from neo_nb import load_detector
 detector = load_detector("best")
@@ -98,6 +125,7 @@ def test_the_first_hour(place):
     cv2.imwrite(str(place / "new.jpg"), cv2.imread(str(place / "photos" / "images" / "000.jpg")))
     works(place, "predict", "best", "../new.jpg", "--threshold", "0.05")
     assert len(json.loads(works(place, "runs", "--json"))["runs"]) == 4
+    serves(place)
     python = [place / "venv" / "bin" / "python", "-c", PYTHON]
     done = subprocess.run(python, capture_output=True, text=True, cwd=place / "birds", env=clean())
     assert done.returncode == 0 and (place / "birds" / "out.json").is_file(), done.stderr

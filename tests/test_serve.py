@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import cv2
 import httpx
 import numpy as np
 import pytest
+import yaml
 from browser import CHROMIUM, Browser
 from command import ROOT, free_port, page_of
 from command import neo as command
@@ -258,3 +260,28 @@ def test_a_browser_sees_the_boxes(server, tmp_path):
             browser.image(Path(folder) / "service.png")
     finally:
         browser.close()
+
+
+def test_the_files_for_containers_keep_the_rules_of_their_tools(model, tmp_path):
+    """hadolint's and Kubernetes' own; compose by what it must say. Nothing is built: there is no engine here."""
+    folder = place(tmp_path / "workspace")
+    done = command("serve", str(model), "--files", "serve", cwd=folder, **QUIET)
+    assert done.returncode == 0 and "uv build --wheel" in done.stdout, done.stderr
+    assert (folder / "serve/m.onnx").read_bytes() == model.read_bytes()
+    again = command("serve", str(model), "--files", "serve", cwd=folder, **QUIET)
+    assert again.returncode == 2 and "there already" in again.stderr
+    kinds = {"Dockerfile.cpu", "Dockerfile.cuda", "Dockerfile.jetson"}
+    for name in kinds:
+        text = (folder / "serve" / name).read_text()
+        assert 'CMD ["/models/m.onnx", "--host", "0.0.0.0"' in text and "USER 10001" in text and "$model" not in text
+    lint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if lint:
+        files = [folder / "serve" / name for name in kinds]
+        # DL3013: versions of what is not ours are the wheel's to say
+        told = subprocess.run([lint, "--ignore", "DL3013", *files], capture_output=True, text=True)
+        assert told.returncode == 0 and not told.stdout.strip(), told.stdout
+    compose = yaml.safe_load((folder / "serve/compose.yaml").read_text())["services"]["neo-serve"]
+    assert compose["read_only"] and compose["environment"]["NEO_SERVE_TOKEN"].startswith("${NEO_SERVE_TOKEN:?")
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    for part in yaml.safe_load_all((folder / "serve/kubernetes.yaml").read_text()):
+        validate.validate(part, "1.32", strict=True)

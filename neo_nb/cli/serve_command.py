@@ -10,11 +10,12 @@ __all__ = ['LOOPBACK', 'serve']
 # %% ../../nbs/90_cli/14_serve_command.ipynb #19897aef
 import os
 import sys
+from pathlib import Path
 
 from ..base.core import InputError
 from ..base.devices import Precision, check_device
 from ..base.extras import require
-from .commands import Result, check_port, find_detector
+from .commands import Result, check_port, find_detector, relative
 
 # %% ../../nbs/90_cli/14_serve_command.ipynb #7f054de3
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -41,10 +42,13 @@ def serve(
     pool: str | None = None,  # Folder that keeps uncertain and random images, for neo data import; none when not given
     pool_share: float = 0.01,  # With --pool: share of all images that is kept at random, 0..1
     pool_megabytes: float = 500,  # With --pool: its quota
+    files: str | None = None,  # Write Dockerfiles, compose.yaml and kubernetes.yaml for this detector here, and end
     device: str = "auto",  # auto, cpu, cuda or cuda:N
     precision: Precision = "auto",  # Of the network; auto: fp32 on a CPU, bf16 or fp16 on a GPU
 ) -> Result:
     "Detect over HTTP: POST /detect, /healthz, /readyz, /metrics, and a page to try it."
+    if files is not None:
+        return _write_files(files, find_detector(detector))
     token = os.environ.get("NEO_SERVE_TOKEN") or None
     _check(host, token, max_batch, queue_size, image_seconds, max_megabytes, max_megapixels)
     check_port(port)
@@ -65,3 +69,13 @@ def serve(
     print(f"{opened!r} at http://{shown}:{port}; Ctrl-C or SIGTERM ends it", file=sys.stderr, flush=True)
     run(opened, service, host, port)
     return Result("ended; what was accepted was answered")
+
+# %% ../../nbs/90_cli/14_serve_command.ipynb #7b0a7625
+def _write_files(folder: str, path: Path) -> Result:
+    "The files for containers, and what to do with them."
+    from neo_nb.deploy.service_files import write_service_files
+
+    proven = path / "model.onnx" if path.is_dir() else path
+    written = write_service_files(folder, proven)
+    lines = [*(relative(file) for file in written), "", "beside them: uv build --wheel -o FOLDER in a checkout"]
+    return Result("\n".join(lines), {"files": [str(file) for file in written]})
