@@ -21,7 +21,11 @@ from .core import InputError
 def list_extras() -> dict[str, list[str]]:  # Extra → names of packages, smallest extra first
     "The extras of this package, without those that are for its own development."
     found: dict[str, list[str]] = {}
-    for line in importlib.metadata.requires("neo_nb") or []:
+    try:
+        lines = importlib.metadata.requires("neo_nb") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout on a path, not installed
+        return found
+    for line in lines:
         needed = Requirement(line)
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", str(needed.marker or ""))
         if extra and extra[1] not in ("all", "dev"):
