@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable] = {
     "export": commands.export,
     "export_edge": commands.export,
     "export_engine": commands.export,
+    "benchmark": commands.benchmark,
     "benchmark_transformers": commands.benchmark,
     "errors": review_commands.errors,
     "compare_runs": review_commands.compare,

@@ -328,7 +328,10 @@ def benchmark(
     detectors: tuple[str, ...],  # Runs and files to time against each other
     against: Literal["transformers"] | None = None,  # Our RT-DETR beside theirs, on the same weights
     model: str = "rtdetrv2_r18",  # With --against: the variant
-    rounds: int = 7,  # Times that each competitor is called
+    rounds: int | None = None,  # Times that each competitor is called; 30, or 7 with --against, when not given
+    batches: tuple[int, ...] = (1, 4),  # Images at once
+    clients: tuple[int, ...] = (1, 2, 4, 8),  # That ask at the same time
+    photo: tuple[int, int] = (1080, 1920),  # (height, width) of the camera's image
     compiled: bool = False,  # With --against: torch.compile as well
     device: str = "auto",  # auto, cpu, cuda or cuda:N
     precision: Precision = "auto",  # Of the network; auto: fp32 on a CPU, bf16 or fp16 on a GPU
@@ -339,7 +342,7 @@ def benchmark(
         from neo_nb.runs.run import new_run
 
         run = new_run(data=against, model=model, kind="benchmark")
-        asked = {"model": model, "rounds": rounds, "compiled": compiled, "device": device, "precision": precision}
+        asked = {"model": model, "rounds": rounds or 7, "compiled": compiled, "device": device, "precision": precision}
         done = run_notebook("benchmark_transformers", run, asked)
         found = json.loads((run / "benchmark.json").read_text())
         lines = [
@@ -349,17 +352,26 @@ def benchmark(
         return Result("\n".join(lines), found, done.run)
     if not detectors:
         raise InputError("nothing to time", "neo benchmark", "give runs or files, or --against transformers")
-    from neo_nb.base.devices import describe_device
-    from neo_nb.deploy.benchmark import latency
-    from neo_nb.deploy.detector import load_detector
+    paths = [find_detector(name) for name in detectors]
+    run = run_about("benchmark", paths[0], "photo")
+    asked = {"detectors": paths, "rounds": rounds or 30, "device": device, "precision": precision}
+    done = run_notebook("benchmark", run, asked | {"batches": batches, "clients": clients, "photo": photo})
+    return _timed(done)
 
-    opened = {name: load_detector(find_detector(name), device, precision=precision) for name in detectors}
-    table = latency(opened, rounds)
-    on = {n: describe_device(a.device, a.precision) for n, a in opened.items()}
-    lines = [f"{name}: {', '.join(map(str, message.values()))}" for name, message in on.items()]
-    return Result(
-        "\n".join([table.to_string(), *lines]), {"latency": table.reset_index().to_dict("records"), "on": on}
-    )
+# %% ../../nbs/90_cli/02_commands.ipynb #35ba5880
+def _timed(done: Result) -> Result:
+    "The numbers of a benchmark, for a shell."
+    import pandas as pd
+
+    found = json.loads((done.run / "stages.json").read_text())
+    table = pd.DataFrame(found["stages"])
+    rates = pd.DataFrame(found["throughput"])
+    wide = table.pivot_table(index=["detector", "batch"], columns="stage", values="p50", sort=False)
+    wide["whole, p99"] = table[table.stage == "whole"].set_index(["detector", "batch"])["p99"]
+    wide["images/s"] = table[table.stage == "whole"].set_index(["detector", "batch"])["images_per_s"]
+    best = rates.loc[rates.groupby("detector")["images_per_s"].idxmax()]
+    lines = [f"{r.detector}: {r.images_per_s:.1f} images/s with {r.clients} clients" for r in best.itertuples()]
+    return Result("\n".join([f"{wide.round(1).to_string()}  (ms per call)", *lines]), found, done.run)
 
 # %% ../../nbs/90_cli/02_commands.ipynb #d726677f
 def models(

@@ -6,7 +6,7 @@ Each of these commands leaves a JSON in its folder; the page of the run begins w
 
 # %% auto #0
 __all__ = ['SECTIONS', 'read_json', 'export_section', 'comparison_section', 'errors_section', 'mining_section',
-           'predictions_section', 'engine_section', 'video_section', 'command_sections']
+           'predictions_section', 'engine_section', 'video_section', 'stages_section', 'command_sections']
 
 # %% ../../nbs/70_runs/05_sections.ipynb #90838d27
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from ..base.page import Section, facts, figure, numbers, table
+from ..base.page import Section, facts, figure, numbers, svg_markup, table
 
 # %% ../../nbs/70_runs/05_sections.ipynb #497d43eb
 def read_json(path: Path) -> dict[str, Any]:  # Empty when there is none
@@ -162,9 +162,30 @@ def video_section(run: Path) -> Section | None:
     body = [numbers(shown), video if (run / "video.mp4").exists() else Markup(), counts, facts(told)]
     return Section("Video", Markup("").join(body), f"{found['source']}; a line per frame in detections.jsonl")
 
+# %% ../../nbs/70_runs/05_sections.ipynb #85f9226e
+def stages_section(run: Path) -> Section | None:
+    "Where the time of each detector goes, and what several clients get."
+    found = read_json(run / "stages.json")
+    if not found:
+        return None
+    names = ("p50", "p90", "p99", "max")
+    rows = [[r["detector"], r["batch"], r["stage"], *(float(r[name]) for name in names)] for r in found["stages"]]
+    rates = [
+        [r["detector"], r["clients"], r["images_per_s"], r["p50"], r["p99"], r["batch"]] for r in found["throughput"]
+    ]
+    plot = run / "plots" / "stages.svg"
+    body = [svg_markup(plot.read_text(encoding="utf-8"), "stages") if plot.exists() else Markup(),
+            table(("detector", "images at once", "stage", *names), rows, left=1),
+            Markup("<h3>Several clients</h3>"),
+            table(("detector", "clients", "images/s", "p50, ms", "p99, ms", "mean batch"), rates),
+            facts({name: ", ".join(map(str, on.values())) for name, on in found["on"].items()})]  # fmt: skip
+    height, width = found["photo"]
+    return Section("Time", Markup("").join(body), f"from a JPEG of {height} x {width} to boxes; milliseconds per call")
+
 # %% ../../nbs/70_runs/05_sections.ipynb #ff735444
 SECTIONS = (
     video_section,
+    stages_section,
     comparison_section,
     errors_section,
     mining_section,
