@@ -91,7 +91,7 @@ def test_the_other_commands_take_the_run(trained):
     if name != SMALLEST[0]:
         return  # what follows depends on detections alone
     neo("predict", number, folder / "data/cells/images/0.jpg", cwd=folder)
-    assert "images/s" in neo("benchmark", number, cwd=folder)
+    assert "images/s" in neo("benchmark", number, "--rounds", 3, "--clients", 1, 2, cwd=folder)
     assert "0 objects gained, 0 lost" in neo("compare", number, number, cwd=folder)
     mined = json.loads(neo("mine", number, "--threshold", "0", "--json", cwd=folder))
     assert mined["name"] == "cells-mined-1"

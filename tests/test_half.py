@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_export import SIZE, opinionated, photos
 
+from neo_nb.base.boxes import box_iou
 from neo_nb.base.core import InputError
 from neo_nb.deploy.detector import TorchDetector, load_detector
 from neo_nb.deploy.half import PRODUCTS, check_half, emulate_half, emulated_detector, half_graph, to_half
@@ -114,3 +115,22 @@ def test_infinities_and_what_is_too_large_are_clamped_and_counted():
     assert report["clamped"] == 3
     check_half(half)
     onnx.checker.check_model(emulate_half(half), full_check=True)
+
+
+def test_overlaps_of_large_boxes_are_compared_in_fp32(tmp_path):
+    """Areas of 182 x 182 pixels add up to more than fp16 holds; suppression must not notice."""
+    torch.manual_seed(0)
+    model = create_model("rtmdet_nano", 2).eval()
+    for layer in (m for m in model.modules() if isinstance(m, torch.nn.Conv2d)):
+        if layer.bias is not None:
+            torch.nn.init.normal_(layer.bias, std=0.5)
+    half = to_half(export_onnx(model, tmp_path / "full.onnx", size=(96, 160)), tmp_path / "half.onnx")
+    proto, known = onnx.load(half), types(onnx.load(half))
+    compared = [n for n in proto.graph.node if n.op_type in ("Less", "LessOrEqual", "Greater", "GreaterOrEqual")]
+    assert compared and not any(known.get(name) == 10 for node in compared for name in node.input)
+    rng = np.random.default_rng(0)
+    found = emulated_detector(half).detect_images([rng.integers(0, 255, (1080, 1800, 3), np.uint8)])
+    for label in range(2):
+        boxes = found.boxes_xyxy[found.labels == label].astype(np.float64)
+        overlap = np.triu(box_iou(boxes, boxes), 1)
+        assert not len(boxes) or overlap.max() < 0.7, overlap.max()

@@ -387,7 +387,7 @@ def test_an_update_that_is_left_out_leaves_the_ranges_as_they_were(trained, tmp_
         ({"to": "tflite", "precision": "bf16"}, "not in bf16"),
         ({"to": "tflite", "batch": "4"}, "--batch is for ONNX; this is tflite in int8"),
         ({"to": "tflite", "device": "cuda"}, "--device is for ONNX"),
-        ({"calibration": "percentile"}, "--calibration is for int8; this is onnx in auto"),
+        ({"calibration": "percentile"}, "--calibration is for int8; this is onnx in fp32"),
         ({"to": "tflite", "min_score": 2.0}, "a score is between 0 and 1"),
     ],
 )

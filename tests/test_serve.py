@@ -1,5 +1,6 @@
 """A service under real clients: equal to `predict`, refusing what is wrong, too much or too late, ending without a loss."""
 
+import io
 import json
 import os
 import select
@@ -25,7 +26,7 @@ from serve_clients import post, storm
 from test_export import opinionated, photos
 from test_runs import QUIET, place
 
-from neo_nb.deploy.detector import load_detector
+from neo_nb.deploy.detector import TorchDetector, load_detector
 from neo_nb.deploy.onnx import export_onnx
 
 SERVER = """
@@ -33,8 +34,13 @@ import sys
 from neo_nb.deploy.detector import load_detector
 from neo_nb.deploy.service import Service, serve
 from neo_nb.deploy.uploads import Limits
+from neo_nb.deploy.retrain_pool import RetrainPool
+detector = load_detector(sys.argv[1])
+before, after = sys.argv[4], sys.argv[5]
+eval(before)
 settings = eval(sys.argv[3])
-serve(load_detector(sys.argv[1]), Service(**settings), port=int(sys.argv[2]))
+eval(after)
+serve(detector, Service(**settings), port=int(sys.argv[2]))
 """
 
 
@@ -46,11 +52,11 @@ def model(tmp_path_factory):
     )
 
 
-def start(model: Path, settings: str = "{}"):
-    "A server of its own, ready; its address."
+def start(model: Path, settings: str = "{}", more: str = "None", after: bool = False):
+    "A server of its own, ready; its address. `more` is done before its settings are made, or after."
     port = free_port()
     environment = os.environ | QUIET | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", SERVER, model, str(port), settings], env=environment,
+    process = subprocess.Popen([sys.executable, "-c", SERVER, model, str(port), settings, *(("None", more) if after else (more, "None"))], env=environment,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
     for _ in range(600):
         try:
@@ -285,3 +291,59 @@ def test_the_files_for_containers_keep_the_rules_of_their_tools(model, tmp_path)
     validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     for part in yaml.safe_load_all((folder / "serve/kubernetes.yaml").read_text()):
         validate.validate(part, "1.32", strict=True)
+
+
+def test_an_image_that_waited_too_long_takes_nobody_along(model):
+    """Its client has left when the detecting thread comes to it; the thread goes on."""
+    slow = "[setattr(d, 'infer', (lambda f: lambda b: (__import__('time').sleep(0.4), f(b))[1])(d.infer)) for d in [detector]]"
+    process, port = start(model, "dict(max_batch=1, image_seconds=1.0)", slow)
+    with ThreadPoolExecutor(6) as several:
+        statuses = list(several.map(lambda _: post(port, png(photos(1)[0]))[0], range(6)))
+    assert set(statuses) == {200, 504} and statuses.count(504) >= 2, statuses
+    assert [post(port, png(photos(1)[0]))[0] for _ in range(2)] == [200, 200]
+    stop(process)
+
+
+def test_a_batch_with_one_bad_answer_answers_the_others_or_says_so():
+    from neo_nb.deploy.batching import MicroBatcher
+
+    detector = TorchDetector(opinionated("rtdetr_nano"), (90, 160))
+    infer = detector.infer
+
+    def broken(batch):
+        boxes, scores, labels = infer(batch)
+        boxes[-1] = np.nan
+        return boxes, scores, labels
+
+    detector.infer = broken
+    batcher = MicroBatcher(detector)
+    futures = [batcher.submit(image) for image in photos(6)]
+    assert all(future.exception(30) is not None or future.result() for future in futures)
+    detector.infer = infer
+    assert batcher.submit(photos(1)[0]).result(30).detections.num_boxes > 0
+    batcher.close()
+
+
+def test_what_cameras_and_strangers_send_is_no_server_error(server):
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    picture = Image.fromarray(photos(1)[0])
+    picture.save(buffer, "MPO", save_all=True, append_images=[picture])
+    assert post(server, buffer.getvalue())[0] == 200, "a JPEG with a second picture behind it"
+    odd = body(png(photos(1)[0])).replace(b'filename="a"', b'filename="+2AA-"')
+    assert raw(server, head(len(odd), "multipart/form-data; boundary=x; charset=utf-7") + odd) in (200, 400)
+    with socket.create_connection(("127.0.0.1", server), timeout=20) as silent:  # sends no whole head
+        silent.sendall(b"GET / HT")
+        assert silent.recv(10) == b"", "hung up on, after a second here"
+    assert post(server, png(photos(1)[0]))[0] == 200
+
+
+def test_a_pool_that_cannot_be_written_costs_no_answer(model, tmp_path):
+    settings = f"dict(pool=RetrainPool({str(tmp_path / 'pool')!r}, detector.class_names, share=1))"
+    process, port = start(
+        model, settings, f"__import__('shutil').rmtree({str(tmp_path / 'pool/labels')!r})", after=True
+    )
+    (tmp_path / "pool/labels").write_text("a file where a folder was")
+    assert post(port, png(photos(1)[0]))[0] == 200
+    assert "was not kept" in stop(process)

@@ -132,7 +132,7 @@ def test_from_the_shell_a_video_becomes_a_run_and_ctrl_c_ends_it_well(tmp_path):
     for words, told in (
         (("in.mp4", "data/cells/images"), "one video at a time"),
         (("data/cells/images", "--track"), "images have no tracks"),
-        (("none.mp4",), "cannot be opened"),
+        (("none.mp4",), "no such video"),
         (("in.mp4", "--classes", "cat"), "no such class"),
     ):
         ended = command("predict", str(model), *words, cwd=folder, **QUIET)
@@ -194,3 +194,45 @@ def test_people_of_drawn_crowds_keep_their_numbers(tmp_path):
     result = mm.metrics.create().compute(account, metrics=["idf1", "num_switches", "mota"], name="crowd")
     print(result)
     assert result.loc["crowd", "idf1"] > 0.85, result
+
+
+def test_a_video_of_a_phone_is_seen_as_it_was_held(tmp_path):
+    """The turn stands in the track's matrix, as phones write it; a quarter clockwise here."""
+    data = bytearray(film(tmp_path / "in.mp4", 5).read_bytes())
+    at = data.index(b"tkhd") + 4 + 40  # version 0: the matrix follows forty bytes of times and flags
+    turn = [0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30]
+    data[at : at + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in turn)
+    (tmp_path / "phone.mp4").write_bytes(data)
+    lying, upright = (next(iter(VideoReader(tmp_path / name))).image for name in ("in.mp4", "phone.mp4"))
+    assert upright.shape == (160, 96, 3)
+    assert np.abs(upright.astype(int) - np.rot90(lying, -1)).mean() < 2
+
+
+class Camera(VideoReader):
+    """Thirty frames a second that do not wait."""
+
+    def __init__(self, source):
+        super().__init__(source)
+        self.live = True
+
+    def __iter__(self):
+        for frame in super().__iter__():
+            time.sleep(1 / 30)
+            yield frame
+
+
+def test_a_camera_is_not_fallen_behind(tmp_path):
+    detector = Sleeper(opinionated("rtdetr_nano"), (90, 160))
+    detector.pause = 0.2
+    predictor = VideoPredictor(detector, film(tmp_path / "in.mp4", 90))
+    predictor.reader = Camera(tmp_path / "in.mp4")
+    predictor.ahead = type(predictor.ahead)(predictor.reader, detector, None)
+    seen = [result.frame.index for result in predictor]
+    assert predictor.ahead.dropped > 40 and len(seen) + predictor.ahead.dropped == 90
+    steps = np.diff(seen[:-3])
+    assert steps[len(steps) // 2 :].mean() > 3, "it keeps up by leaving frames out, from the first to the last"
+
+
+def test_a_password_stays_out_of_records(tmp_path):
+    ended = command("predict", "none.onnx", "rtsp://admin:secret@127.0.0.1:9/s1", cwd=place(tmp_path / "w"), **QUIET)
+    assert ended.returncode == 2 and "secret" not in ended.stderr + ended.stdout

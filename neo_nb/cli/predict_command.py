@@ -60,14 +60,17 @@ def predict(
 # %% ../../nbs/90_cli/11_predict_command.ipynb #1ba058d0
 def _film(images: tuple[str, ...], track: bool) -> str:
     "The video that was given; empty for images."
-    from neo_nb.data.video import is_video
+    from neo_nb.data.video import is_live, is_video
 
     films = [name for name in images if is_video(name)]
     if films and len(images) > 1:
         raise InputError(f"one video at a time, found {len(images)} sources", "neo predict", "call it once for each")
     if track and not films:
         raise InputError("images have no tracks", "--track", "leave it out, or give a video")
-    return films[0] if films else ""
+    film = films[0] if films else ""
+    if film and not is_live(film) and "://" not in film and not Path(film).is_file():
+        raise InputError("no such video", film)
+    return film
 
 
 def _check_threshold(threshold: float | None) -> None:
@@ -101,6 +104,7 @@ def _predict_video(
     precision: Precision,
 ) -> Result:
     "A video as a run; bad input leaves none."
+    from neo_nb.data.video import VideoReader, is_live, public
     from neo_nb.deploy.detector import load_detector
     from neo_nb.deploy.tiled import TiledDetector
     from neo_nb.deploy.tracking import check_tracker
@@ -110,12 +114,14 @@ def _predict_video(
     require("av")
     if options["track"]:
         check_tracker()
+    if not is_live(source):
+        VideoReader(source).close()  # before the detector, which takes longer
     opened = load_detector(path, device, precision=precision)
     opened = TiledDetector(opened, tile, overlap) if tile else opened
     batch = 8 if opened.device.type == "cuda" else 1
     predictor = VideoPredictor(opened, source, batch_size=batch, **options)
-    run = run_about("predict", path, re.sub(r"\W+", "_", Path(source).stem))
-    found = predict_video(predictor, run, video) | {"source": source}
+    run = run_about("predict", path, re.sub(r"\W+", "_", Path(public(source)).stem))
+    found = predict_video(predictor, run, video) | {"source": public(source)}
     record_video(run, path, found)
     left = [f"{found[name]} {name}" for name in ("damaged", "dropped", "slow") if found[name]]
     objects = [f"{found['objects']} objects"] if "objects" in found else []

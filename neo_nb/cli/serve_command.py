@@ -63,7 +63,7 @@ def serve(
 
     opened = load_detector(path, device, precision=precision)
     kept = RetrainPool(pool, opened.class_names, pool_share, megabytes=pool_megabytes) if pool else None
-    limits = Limits(max_megabytes, max_megapixels)
+    limits = Limits(max_megabytes, max_megapixels, files=min(16, queue_size))
     service = Service(max_batch, queue_size, image_seconds, limits, token, kept)
     shown = f"[{host}]" if ":" in host else host
     print(f"{opened!r} at http://{shown}:{port}; Ctrl-C or SIGTERM ends it", file=sys.stderr, flush=True)

@@ -43,7 +43,7 @@ class Answer:
     batch: int  # Images that were detected together
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     batch: Batch  # Of one image
     deadline: float  # On `time.monotonic`'s clock
@@ -134,15 +134,17 @@ def _next(self: MicroBatcher) -> list[_Job] | None:
 def _work(self: MicroBatcher) -> None:
     "Until the end is read from the queue."
     while (jobs := self._next()) is not None:
-        for job in (job for job in jobs if time.monotonic() > job.deadline):
+        jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]  # whoever left is left out
+        late = [job for job in jobs if time.monotonic() > job.deadline]
+        for job in late:
             job.future.set_exception(TimeLimit("it waited too long to be begun"))
-        jobs = [job for job in jobs if not job.future.done() and job.future.set_running_or_notify_cancel()]
+        jobs = [job for job in jobs if job not in late]
         if not jobs:
             continue
         try:
             self._detect(jobs)
         except Exception as error:  # noqa: BLE001 - one bad batch must not end the service
-            for job in jobs:
+            for job in (job for job in jobs if not job.future.done()):
                 job.future.set_exception(error)
 
 # %% ../../nbs/65_deploy/14_batching.ipynb #9377b434

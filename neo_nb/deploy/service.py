@@ -25,6 +25,7 @@ from fastcore.basics import patch
 
 from ..base.core import InputError
 from ..base.detections import Detections
+from ..base.devices import count_cores
 from ..base.page import facts, render_page
 from .batching import Answer, MicroBatcher, QueueFull, TimeLimit
 from .detector import Detector
@@ -90,6 +91,7 @@ class Serving:
         self.service = service
         self.batcher = MicroBatcher(detector, service.max_batch, service.queue_size)
         self.metrics = Metrics(self.batcher)
+        self.decoding = asyncio.Semaphore(max(2, count_cores()))  # an image of 64 megapixels takes 200 MB
         self.ready = False
 
     def warm_up(self) -> None:
@@ -99,12 +101,17 @@ class Serving:
             self.detector.detect_images([blank] * count, count)
         self.ready = True
 
-    def _begin(self, name: str, data: bytes, left: float) -> tuple[Any, tuple[int, int], str, float]:
+    def _begin(self, name: str, data: bytes, deadline: float) -> tuple[Any, tuple[int, int], str, float]:
         "In a thread: an image into the queue; its future, size, suffix, and the seconds of decoding."
         begin = time.perf_counter()
         image, suffix = open_image(data, name, self.service.limits)
         spent = time.perf_counter() - begin
-        return self.batcher.submit(image, left - spent), image.shape[:2], suffix, spent
+        return self.batcher.submit(image, deadline - time.monotonic()), image.shape[:2], suffix, spent
+
+    async def begin(self, name: str, data: bytes, deadline: float) -> tuple[Any, tuple[int, int], str, float]:
+        "The same from the event loop, so many at a time as there are cores."
+        async with self.decoding:
+            return await asyncio.to_thread(self._begin, name, data, deadline)
 
 # %% ../../nbs/65_deploy/17_service.ipynb #a843a4e9
 @patch
@@ -115,15 +122,13 @@ async def detect_files(
     classes: list[str] | None,  # Names of those wanted; all when None
 ) -> list[dict]:  # An entry per file
     "Answer every file of a request, or raise for the first that cannot be. Raises what `Refused` says."
-    from starlette.concurrency import run_in_threadpool
-
     begin, limit = time.perf_counter(), self.service.image_seconds
     pending: list[Any] = []
     try:
         if self.batcher.depth >= self.service.queue_size:  # before anything is decoded
             raise QueueFull(f"{self.service.queue_size} images wait already")
         async with asyncio.timeout(limit):
-            calls = [run_in_threadpool(self._begin, name, data, limit) for name, data in files]
+            calls = [self.begin(name, data, time.monotonic() + limit) for name, data in files]
             begun = await asyncio.gather(*calls, return_exceptions=True)
             pending = [row[0] for row in begun if isinstance(row, tuple)]
             for row in begun:
@@ -142,30 +147,40 @@ async def detect_files(
             future.cancel()  # of what was answered nothing; of the rest the work that nobody waits for
     whole = time.perf_counter() - begin
     self.metrics.stage.labels("whole").observe(whole)
-    return [
-        self._entry(file, row, answer, threshold, classes, whole) for file, row, answer in zip(files, begun, answers)
-    ]
+    rows = list(zip(files, begun, answers))
+    if self.service.pool is not None:
+        await asyncio.to_thread(self._keep, rows)
+    return [self._entry(file, row, answer, threshold, classes, whole) for file, row, answer in rows]
 
 # %% ../../nbs/65_deploy/17_service.ipynb #7b451dce
 @patch
 def _entry(self: Serving, file: tuple[str, bytes], row: tuple, answer: Answer, threshold: float,
            classes: list[str] | None, whole: float) -> dict:  # fmt: skip
-    "An image's part of the answer; what is to be measured and kept of it."
-    _, size, suffix, decoding = row
+    "An image's part of the answer, and what is to be measured of it."
+    _, size, _, decoding = row
     found = answer.detections.filter(threshold, classes)
     found = found.select(np.argsort(-found.scores, kind="stable"))
     names = self.detector.class_names
     self.metrics.stage.labels("decode").observe(decoding)
     self.metrics.note(answer, found, names)
-    if self.service.pool is not None:
-        why = self.service.pool.offer(file[1], suffix, size, answer.detections, self.detector.threshold)
-        self.metrics.kept.labels(why).inc() if why else None
     boxes = [
         {"box": [round(x, 2) for x in box], "score": round(score, 4), "label": names[label]}
         for box, score, label in zip(found.boxes_xyxy.tolist(), found.scores.tolist(), found.labels.tolist())
     ]
     spent = {stage: round(1000 * seconds, 2) for stage, seconds in (answer.seconds | {"whole": whole}).items()}
     return {"file": file[0], "height": size[0], "width": size[1], "detections": boxes, "milliseconds": spent}
+
+# %% ../../nbs/65_deploy/17_service.ipynb #01e5d5b3
+@patch
+def _keep(self: Serving, rows: list[tuple]) -> None:
+    "In a thread: what is worth it into the pool. A pool that cannot be written is told, and no reason to fail."
+    for (_, data), (_, size, suffix, _), answer in rows:
+        try:
+            why = self.service.pool.offer(data, suffix, size, answer.detections, self.detector.threshold)
+        except (InputError, OSError) as error:
+            log.warning("an image was not kept: %s", error)
+            continue
+        self.metrics.kept.labels(why).inc() if why else None
 
 # %% ../../nbs/65_deploy/17_service.ipynb #dd8aee05
 def _allowed(request: Any, token: str | None) -> None:
@@ -209,16 +224,16 @@ def create_app(
     _add_detect(app, serving)
 
     @app.get("/healthz", summary="Whether the process lives")
-    def healthz() -> dict:
+    async def healthz() -> dict:  # on the event loop: a probe waits behind no image
         return {"status": "alive"}
 
     @app.get("/readyz", summary="Whether it takes requests", responses={503: {"description": "starting or ending"}})
-    def readyz(response: Response) -> dict:
+    async def readyz(response: Response) -> dict:
         response.status_code = 200 if serving.ready else 503
         return {"status": "ready" if serving.ready else "not ready", "detector": repr(detector)}
 
     @app.get("/metrics", summary="For Prometheus", include_in_schema=True)
-    def metrics(request: Request) -> Response:
+    async def metrics(request: Request) -> Response:
         _allowed(request, service.token)
         return Response(serving.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -298,6 +313,28 @@ def _page(app: Any, serving: Serving) -> str:
         token=service.token is not None,
     )
 
+# %% ../../nbs/65_deploy/17_service.ipynb #261963d9
+def _patient(seconds: float) -> Any:
+    "uvicorn's protocol that hangs up on whoever sends no whole head of a request within some seconds."
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Patient(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.answered: Any = None
+            self.loop.call_later(seconds, self.look)
+
+        def look(self) -> None:
+            cycle = self.cycle
+            idle = cycle is None or (cycle.response_complete and cycle is self.answered)
+            if idle or self.transport.is_closing():
+                self.transport.close()
+                return
+            self.answered = cycle
+            self.loop.call_later(seconds, self.look)
+
+    return Patient
+
 # %% ../../nbs/65_deploy/17_service.ipynb #b76be444
 def serve(
     detector: Detector,
@@ -326,7 +363,8 @@ def serve(
                     signal.signal(number, handler)
 
     config = uvicorn.Config(
-        app, host, port, log_level="warning", server_header=False, timeout_graceful_shutdown=drain_seconds,
-        timeout_keep_alive=5, h11_max_incomplete_event_size=32_768, limit_concurrency=4 * service.queue_size + 64,
+        app, host, port, http=_patient(service.limits.upload_seconds), log_level="warning", server_header=False,
+        timeout_graceful_shutdown=drain_seconds, timeout_keep_alive=5, h11_max_incomplete_event_size=32_768,
+        limit_concurrency=1000,
     )  # fmt: skip
     Server(config).run()

@@ -185,6 +185,7 @@ def _configure(builder: Builder, make: Any, network: Any, capability: tuple, bat
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if builder.flavour == "tensorrt_rtx":
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # what a CUDA graph of its launches needs
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, sm(capability)), 0)
     elif not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") and half:

@@ -8,6 +8,7 @@
 __all__ = ['TensorRTDetector']
 
 # %% ../../nbs/65_deploy/13_tensorrt_detector.ipynb #dc5268f3
+import sys
 import threading
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class _Launch:
 
     def __init__(self, engine, count: int, device: torch.device, stream: torch.cuda.Stream):
         self.context = engine.create_execution_context()
+        if self.context is None:
+            raise InputError(f"no memory on the card for batches of {count}", None, "serve with a smaller --max-batch")
         self.stream, self.device_side, self.host_side = stream, {}, {}
         for name in (*INPUTS, *OUTPUTS):
             if name in INPUTS:
@@ -34,12 +37,16 @@ class _Launch:
             self.device_side[name] = torch.zeros((count, *shape[1:]), dtype=kind, device=device)
             self.host_side[name] = torch.zeros((count, *shape[1:]), dtype=kind, pin_memory=True)
             self.context.set_tensor_address(name, self.device_side[name].data_ptr())
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
             self._execute()  # the first time sets up, which cannot be recorded
             stream.synchronize()
-            with torch.cuda.graph(self.graph, stream=stream):
-                self._execute()
+            try:
+                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                    self._execute()
+            except RuntimeError as error:  # an engine that cannot be recorded is launched each time
+                print(f"no CUDA graph: {error}", file=sys.stderr)
+                self.graph = None
 
     def _execute(self) -> None:
         for name in INPUTS:
@@ -53,7 +60,7 @@ class _Launch:
         for name, values in given.items():
             self.host_side[name].numpy()[:] = values
         with torch.cuda.stream(self.stream):
-            self.graph.replay()
+            self._execute() if self.graph is None else self.graph.replay()
         self.stream.synchronize()
         return [self.host_side[name].numpy().copy() for name in OUTPUTS]
 
@@ -102,7 +109,8 @@ def infer(self: TensorRTDetector, batch: Batch) -> tuple[np.ndarray, np.ndarray,
         for start in range(0, len(batch), largest):
             part = {key: value[start : start + largest] for key, value in feed.items()}
             count = len(part["images"])
-            short = max(0, smallest - count)  # filled up with the last image
+            # filled up with the last image to a power of two: each size has buffers of its own
+            short = min(largest, max(smallest, 1 << (count - 1).bit_length())) - count
             full = {key: np.concatenate([value, value[-1:].repeat(short, 0)]) for key, value in part.items()}
             if count + short not in self.launches:
                 self.launches[count + short] = _Launch(self.engine, count + short, self.device, self.stream)

@@ -61,7 +61,7 @@ def open_image(
     if width * height > limits.megapixels * 1e6:
         raise Refused(413, f"{name}: {width} x {height} pixels; {limits.megapixels:g} megapixels are the limit")
     try:
-        return decode_image(data, name), FORMATS[kind]
+        return decode_image(data, name), FORMATS.get(kind, ".jpg")  # MPO is a JPEG with more images behind it
     except InputError as error:
         raise Refused(422, str(error)) from None
 
@@ -137,6 +137,6 @@ async def _contents(form: Any) -> list[tuple[str, bytes]]:
         given = form.getlist("file")
         if not given or any(isinstance(file, str) for file in given):
             raise Refused(400, "no field called file that holds a file")
-        return [(file.filename or "file", await file.read()) for file in given]
+        return [((file.filename or "file").encode("utf-8", "replace").decode(), await file.read()) for file in given]
     finally:
         await form.close()  # large ones lie in temporary files

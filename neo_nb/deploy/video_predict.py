@@ -64,6 +64,9 @@ def run(self: _Ahead) -> None:
         for frame in self.reader:
             if self.stopped.is_set() or (self.seconds is not None and frame.seconds >= self.seconds):
                 break
+            if self.reader.live and self.ready.full():  # what is behind the newest frames is not waited for
+                self.dropped += 1
+                continue
             self._put((frame, self._prepared(frame.image)))
     except Exception as error:  # noqa: BLE001 - raised again where the frames are used
         self.error = error
@@ -85,9 +88,6 @@ def _put(self: _Ahead, item: Any, always: bool = False) -> None:
         try:
             return self.ready.put(item, timeout=0.1)
         except queue.Full:
-            if self.reader.live and not always:
-                self.dropped += 1
-                return None
             if self.stopped.is_set():  # nobody takes it any more
                 return None
 
@@ -219,7 +219,7 @@ class _Behind(threading.Thread):
             if not (self.folder / "mot.txt").stat().st_size:
                 (self.folder / "mot.txt").unlink()
         except Exception as error:  # noqa: BLE001 - raised again by `put` and at the end
-            self.error = error
+            self.error = _disk_told(error, self.folder)
             _whole_lines(self.folder)
 
 # %% ../../nbs/65_deploy/19_video_predict.ipynb #9a008248
@@ -285,7 +285,7 @@ def _mot_lines(result: FrameResult) -> list[str]:
             lines.append(f"{result.frame.index + 1},{track},{place},{score:.4f},{label + 1},-1\n")
     return lines
 
-
+# %% ../../nbs/65_deploy/19_video_predict.ipynb #1768e3ae
 def _drawn(result: FrameResult, names: tuple[str, ...]) -> np.ndarray:
     "A frame with its boxes; a tracked one says its number."
     found = result.detections
@@ -295,6 +295,15 @@ def _drawn(result: FrameResult, names: tuple[str, ...]) -> np.ndarray:
         f"{names[label]} {track}" if track >= 0 else names[label] for label, track in zip(found.labels, result.tracks)
     ]
     return draw_boxes(result.frame.image, found.boxes_xyxy, np.arange(found.num_boxes), told)
+
+
+def _disk_told(error: Exception, folder: Path) -> Exception:
+    "An error of a full disk in clear words; any other as it is."
+    try:
+        raise_for_disk(error, folder / "detections.jsonl")
+    except InputError as told:
+        return told
+    return error
 
 
 def _whole_lines(folder: Path) -> None:
