@@ -177,8 +177,9 @@ def test_whatever_is_wrong_is_answered_in_the_400s_and_the_next_is_served(server
     assert 'neo_requests_total{status="413"}' in told and 'neo_stage_seconds_bucket{le="0.005",stage="decode"}' in told
 
 
-def test_more_than_it_can_do_is_refused_and_the_rest_stays_quick(server):
+def test_more_than_it_can_do_is_refused_and_the_rest_stays_quick(model):
     "A short form of tests/serve_load.py."
+    process, server = start(model, "dict(queue_size=8)")
     images = [png(image) for image in photos(8)]
     answers = storm(server, images, clients=32, seconds=5)
     statuses = {status for status, _, _ in answers}
@@ -194,6 +195,7 @@ def test_more_than_it_can_do_is_refused_and_the_rest_stays_quick(server):
             found = json.loads(text)["images"][0]["detections"]
             expected = [d for d in known[which] if d["score"] >= 0.3]
             assert abs(len([d for d in found if d["score"] >= 0.3]) - len(expected)) <= 1
+    stop(process)
 
 
 def test_what_takes_too_long_is_answered_so_and_logged(model):
@@ -214,7 +216,8 @@ def test_told_to_end_it_answers_what_it_accepted(model):
     told = stop(process)
     thread.join()
     statuses = [status for status, _, _ in answers]
-    assert statuses.count(200) > 8 and set(statuses) <= {200, 429, "refused"}, (set(statuses), told)
+    assert statuses.count(200) > 8 and set(statuses) <= {200, 429, "refused", "lost"}, (set(statuses), told)
+    assert statuses.count("lost") <= 2, "connections that the kernel had taken, and the service not yet"
     assert statuses.index("refused") > 8 and "Traceback" not in told
 
 
@@ -295,11 +298,11 @@ def test_the_files_for_containers_keep_the_rules_of_their_tools(model, tmp_path)
 
 def test_an_image_that_waited_too_long_takes_nobody_along(model):
     """Its client has left when the detecting thread comes to it; the thread goes on."""
-    slow = "[setattr(d, 'infer', (lambda f: lambda b: (__import__('time').sleep(0.4), f(b))[1])(d.infer)) for d in [detector]]"
-    process, port = start(model, "dict(max_batch=1, image_seconds=1.0)", slow)
+    slow = "[setattr(d, 'infer', (lambda f: lambda b: (__import__('time').sleep(1.0), f(b))[1])(d.infer)) for d in [detector]]"
+    process, port = start(model, "dict(max_batch=1, image_seconds=3.0)", slow)
     with ThreadPoolExecutor(6) as several:
         statuses = list(several.map(lambda _: post(port, png(photos(1)[0]))[0], range(6)))
-    assert set(statuses) == {200, 504} and statuses.count(504) >= 2, statuses
+    assert set(statuses) <= {200, 504} and statuses.count(504) >= 2, statuses
     assert [post(port, png(photos(1)[0]))[0] for _ in range(2)] == [200, 200]
     stop(process)
 

@@ -228,9 +228,9 @@ def test_a_camera_is_not_fallen_behind(tmp_path):
     predictor.reader = Camera(tmp_path / "in.mp4")
     predictor.ahead = type(predictor.ahead)(predictor.reader, detector, None)
     seen = [result.frame.index for result in predictor]
-    assert predictor.ahead.dropped > 40 and len(seen) + predictor.ahead.dropped == 90
+    assert predictor.ahead.dropped > 20 and len(seen) + predictor.ahead.dropped == 90
     steps = np.diff(seen[:-3])
-    assert steps[len(steps) // 2 :].mean() > 3, "it keeps up by leaving frames out, from the first to the last"
+    assert steps[len(steps) // 2 :].mean() > 1.5, "it keeps up by leaving frames out, from the first to the last"
 
 
 def test_a_password_stays_out_of_records(tmp_path):
