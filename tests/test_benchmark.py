@@ -1,6 +1,7 @@
 """The benchmark's structure; never its times."""
 
 import json
+from pathlib import Path
 
 from test_cli import neo, refused, workplace  # noqa: F401  fixtures
 
@@ -35,9 +36,13 @@ def test_artifacts_are_timed_alone_and_whole(neo, workplace):  # noqa: F811
     model = create_model("rtdetr_nano", 2)
     model.size = (64, 96)
     save_weights(model, workplace / "a.safetensors")
-    status, out, err = neo("benchmark", workplace / "a.safetensors", "--rounds", "3", "--json")
+    few = ("--rounds", "3", "--batches", "1", "2", "--clients", "1", "2", "--photo", "90", "160")
+    status, out, err = neo("benchmark", workplace / "a.safetensors", *few, "--json")
     assert status == 0, err
-    rows = json.loads(out)["latency"]
-    assert [row["competitor"].rpartition(", ")[2] for row in rows] == ["network", "from image to boxes"]
-    assert all(row["rounds"] == 3 and row["images/s"] > 0 for row in rows)
+    found = json.loads(out)
+    stages = ["decode", "preprocess", "inference", "postprocess", "whole"]
+    assert [(row["batch"], row["stage"]) for row in found["stages"]] == [(n, s) for n in (1, 2) for s in stages]
+    assert all(0 < row["p50"] <= row["p90"] <= row["p99"] <= row["max"] for row in found["stages"])
+    assert [row["clients"] for row in found["throughput"]] == [1, 2]
+    assert "several clients" in (Path(found["run"]) / "report.html").read_text().lower()
     refused(neo("benchmark"), "nothing to time", "--against transformers")
