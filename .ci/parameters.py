@@ -12,17 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from neo_nb.cli import commands, edge_command, recipe_commands, review_commands, tune_command
+from neo_nb.cli import commands, deploy_commands, edge_command, recipe_commands, review_commands, tune_command
 from neo_nb.train.config import TrainConfig
 
 RUNS = Path(__file__).resolve().parent.parent / "nbs" / "runs"
 COMMANDS: dict[str, Callable] = {
     "evaluate": commands.evaluate,
-    "export": commands.export,
-    "export_edge": commands.export,
-    "export_engine": commands.export,
-    "benchmark": commands.benchmark,
-    "benchmark_transformers": commands.benchmark,
+    "export": deploy_commands.export,
+    "export_edge": deploy_commands.export,
+    "export_engine": deploy_commands.export,
+    "benchmark": deploy_commands.benchmark,
+    "benchmark_transformers": deploy_commands.benchmark,
     "errors": review_commands.errors,
     "compare_runs": review_commands.compare,
     "mine": recipe_commands.mine,

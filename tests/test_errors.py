@@ -5,7 +5,7 @@ import pytest
 from test_metrics import make
 
 from neo_nb.base.detections import Detections
-from neo_nb.cli.commands import _data_of, check_data
+from neo_nb.cli.commands import check_data, data_of
 from neo_nb.data.manifest import load_manifest
 from neo_nb.evaluate.coco_metrics import coco_metrics
 from neo_nb.evaluate.compare import compare_detections
@@ -148,5 +148,5 @@ def test_a_data_set_by_path_is_found_again(tmp_path, monkeypatch):
     record(run, data={"name": "sub/mine.yaml"})
     for folder in (tmp_path, tmp_path / "sub"):
         monkeypatch.chdir(folder)
-        assert _data_of(run / "weights" / "best.safetensors", None, "val") == "sub/mine.yaml"
+        assert data_of(run / "weights" / "best.safetensors", None, "val") == "sub/mine.yaml"
         assert load_manifest("sub/mine.yaml").name == "mine"

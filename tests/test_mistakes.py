@@ -49,6 +49,15 @@ LATER = {  # Torch has to say, or comes along
     "export weights.safetensors --batch many": "'many'",
     "predict weights.safetensors photos --threshold 30": "a threshold is in 0..1, found 30",
     "predict weights.safetensors video.mp4": "video.mp4",
+    "predict weights.safetensors none.mp4": "none.mp4: no such video",
+    "predict weights.safetensors video.mp4 photos": "one video at a time",
+    "benchmark weights.safetensors --batches 0": "are above 0",
+    "benchmark weights.safetensors --photo 10 10": "a photo of 10 x 10",
+    "serve nothing.onnx": "nothing.onnx: no such file",
+    "serve weights.safetensors --host 0.0.0.0": "without a token",
+    "serve weights.safetensors --queue-size 0": "are above 0",
+    "export weights.safetensors --to tensorrt --target t5": "no such target: 't5'",
+    "export weights.safetensors --precision bf16": "not in bf16",
 }
 
 

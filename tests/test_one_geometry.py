@@ -9,8 +9,9 @@ from test_rtdetr_properties import distance, drawn, lively
 
 from neo_nb.base.detections import Detections
 from neo_nb.base.geometry import fit, pad_to
-from neo_nb.deploy.detector import OnnxDetector, TorchDetector
+from neo_nb.deploy.detector import TorchDetector
 from neo_nb.deploy.onnx import export_onnx
+from neo_nb.deploy.onnx_detector import OnnxDetector
 
 FAMILIES = {
     "nano": ("rtdetr_nano", {}),

@@ -15,11 +15,12 @@ from update_worker import all_targets, crowds, gradients, make_loop, starve
 
 from neo_nb.base.boxes import cxcywh_to_xyxy
 from neo_nb.base.core import InputError
-from neo_nb.cli.commands import export
+from neo_nb.cli.deploy_commands import export
 from neo_nb.data.batch import Batch, Targets
 from neo_nb.data.loader import make_loader
-from neo_nb.deploy.detector import OnnxDetector, TorchDetector
+from neo_nb.deploy.detector import TorchDetector
 from neo_nb.deploy.onnx import export_onnx
+from neo_nb.deploy.onnx_detector import OnnxDetector
 from neo_nb.deploy.tflite import export_tflite
 from neo_nb.deploy.tflite_detector import TFLiteDetector
 from neo_nb.losses.dynamic_assigner import assign

@@ -18,16 +18,7 @@ from pathlib import Path
 from ..base.core import InputError, check_choice, raise_for_disk
 from ..base.nodes import NODE_LOST, PREEMPTED
 from .args import parse, placed
-from neo_nb.cli.commands import (
-    Result,
-    benchmark,
-    demo,
-    doctor,
-    evaluate,
-    export,
-    models,
-    relative,
-)
+from .commands import Result, demo, doctor, evaluate, models, relative
 from neo_nb.cli.data_commands import (
     data_check,
     data_fetch,
@@ -37,6 +28,7 @@ from neo_nb.cli.data_commands import (
     data_split,
     data_tile,
 )
+from .deploy_commands import benchmark, export
 from .edge_command import edge
 from .launch_command import launch
 from .page_commands import report
@@ -77,17 +69,20 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "data fetch": (data_fetch, "download a data set, resuming, verified"),
     "models": (models, "the detectors: parameters, FLOPs, what they expect, where their weights are"),
     "train": (train, "train a detector, evaluate it, write a report"),
-    "evaluate": (evaluate, "score a run, weights or an ONNX file on any data set"),
+    "evaluate": (evaluate, "score a run, weights, an ONNX or TFLite file or an engine on any data set"),
     "mine": (mine, "confident false positives into a manifest that draws them more often"),
     "edge": (edge, "RTMDet from a training in float to INT8 files: TFLite and ONNX, compared on the same images"),
     "logo": (logo, "the recipe for tiny objects: larger input, tiles, mining, and what each is worth"),
     "tune": (tune, "settings that suit your images: short trainings, the best on a page"),
-    "export": (export, "write an ONNX file, and prove that it finds what the model finds"),
-    "benchmark": (benchmark, "latency and throughput; --against transformers: ratios on the same weights"),
+    "export": (export, "an ONNX or TFLite file or a TensorRT engine, proven to find what the model finds"),
+    "benchmark": (
+        benchmark,
+        "from a JPEG to boxes, stage by stage; --against transformers: ratios on the same weights",
+    ),
     "errors": (errors, "what went wrong, in FiftyOne; --serve opens the App, --pull brings back your tags"),
     "compare": (compare, "two runs on the same images: is one better, and where"),
     "report": (report, "the page of a run in a browser; without a run, the page of all runs"),
-    "predict": (predict, "images with boxes, and the boxes as JSON, COCO, YOLO or CSV"),
+    "predict": (predict, "images or a video with boxes, and the boxes as JSON, COCO, YOLO or CSV; --track"),
     "serve": (serve, "a detector behind HTTP: batches, limits, metrics, a page to try it"),
     "runs": (runs, "all runs: what, on which data, how good, when; --sort AP, --data, --kind"),
     "launch": (launch, "one of these commands elsewhere: Hugging Face Jobs, SkyPilot, Slurm, Kubernetes"),

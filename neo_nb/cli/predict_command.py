@@ -126,5 +126,5 @@ def _predict_video(
     left = [f"{found[name]} {name}" for name in ("damaged", "dropped", "slow") if found[name]]
     objects = [f"{found['objects']} objects"] if "objects" in found else []
     text = f"{found['frames']} frames, {found['frames per second']} per second, {found['ended']}"
-    files = "detections.jsonl" + ", video.mp4" * video + ", mot.txt" * options["track"]
+    files = ", ".join(name for name in ("detections.jsonl", "video.mp4", "mot.txt") if (run / name).exists())
     return Result(f"{', '.join([text, *objects, *left])}\n{files}", found, run)

@@ -75,7 +75,8 @@ def _write_files(folder: str, path: Path) -> Result:
     "The files for containers, and what to do with them."
     from neo_nb.deploy.service_files import write_service_files
 
-    proven = path / "model.onnx" if path.is_dir() else path
-    written = write_service_files(folder, proven)
+    kinds = ("model.onnx", "weights/best.safetensors", "weights/last.safetensors")
+    inside = [path / name for name in kinds if (path / name).is_file()]
+    written = write_service_files(folder, inside[0] if inside else path)
     lines = [*(relative(file) for file in written), "", "beside them: uv build --wheel -o FOLDER in a checkout"]
     return Result("\n".join(lines), {"files": [str(file) for file in written]})

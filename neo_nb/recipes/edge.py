@@ -23,8 +23,9 @@ from ..base.core import InputError, atomic_write
 from ..base.detections import Detections
 from ..data.resize import prepare
 from ..deploy.benchmark import interleave
-from ..deploy.detector import Detector, OnnxDetector, TorchDetector, load_detector
+from ..deploy.detector import Detector, TorchDetector, load_detector
 from ..deploy.onnx import export_onnx
+from ..deploy.onnx_detector import OnnxDetector
 from ..deploy.tflite import export_tflite, load_schema
 from ..deploy.tflite_detector import TFLiteDetector
 from ..evaluate.operating_point import evaluate
