@@ -34,6 +34,7 @@ def draw_boxes(
     colour: Colour | None = None,  # One for all; each class its own when None
     iscrowd: np.ndarray | None = None,  # n: hatched regions that do not count
     thick: int | None = None,  # Of lines, pixels; letters follow it. By the size of the image when None
+    tracks: np.ndarray | None = None,  # n: numbers of objects, -1 for none: written in place of scores, and the colour
 ) -> np.ndarray:  # A new image
     "Draw boxes with their classes."
     canvas = np.ascontiguousarray(image).copy()
@@ -47,12 +48,13 @@ def draw_boxes(
         if iscrowd is not None and iscrowd[i]:
             _hatch(canvas, box, thick)
             continue
-        ink = colour or PALETTE[label % len(PALETTE)]
+        tracked = tracks is not None and tracks[i] >= 0
+        ink = colour or PALETTE[int(tracks[i] if tracked else label) % len(PALETTE)]
         cv2.rectangle(canvas, box[:2], box[2:], ink, thick, cv2.LINE_AA)
-        text = f"{scores[i]:.2f}" if scores is not None else ""
+        text = str(tracks[i]) if tracked else f"{scores[i]:.2f}" if scores is not None else ""
         if box[2] - box[0] >= 40 * thick:
             text = f"{class_names[label]} {text}".strip()
-        if box[2] - box[0] >= 24 * thick and text:
+        if box[2] - box[0] >= (9 if tracked else 24) * thick and text:
             words.append((-scores[i] if scores is not None else 0.0, text, box, ink))
     taken: list[tuple[int, int, int, int]] = []
     for _, text, box, ink in sorted(words, key=lambda entry: entry[0]):  # the surest first

@@ -281,13 +281,9 @@ def _mot_lines(result: FrameResult) -> list[str]:
 # %% ../../nbs/65_deploy/20_video_predict.ipynb #1768e3ae
 def _drawn(result: FrameResult, names: tuple[str, ...]) -> np.ndarray:
     "A frame with its boxes; a tracked one says its number."
-    found = result.detections
-    if result.tracks is None:
-        return draw_boxes(result.frame.image, found.boxes_xyxy, found.labels, names, found.scores)
-    told = [
-        f"{names[label]} {track}" if track >= 0 else names[label] for label, track in zip(found.labels, result.tracks)
-    ]
-    return draw_boxes(result.frame.image, found.boxes_xyxy, np.arange(found.num_boxes), told)
+    found, seen = result.detections, result.tracks
+    scores = found.scores if seen is None else None
+    return draw_boxes(result.frame.image, found.boxes_xyxy, found.labels, names, scores, tracks=seen)
 
 
 def _disk_told(error: Exception, folder: Path) -> Exception:
