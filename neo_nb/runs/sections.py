@@ -25,11 +25,8 @@ def read_json(path: Path) -> dict[str, Any]:  # Empty when there is none
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def export_section(run: Path) -> Section | None:
+def export_section(run: Path, found: dict[str, Any]) -> Section:
     "What an export was held to, and how the file is used."
-    found = read_json(run / "export.json")
-    if not found:
-        return None
     sides = {kind: row for kind, row in found.items() if isinstance(row, dict) and "AP" in row}
     names = [n for n in ("AP", "AP50", "F1") if all(n in row for row in sides.values())]
     shown = ("file", "megabytes", "precision", "opset", "batch", "inputs", "outputs")
@@ -45,11 +42,8 @@ def export_section(run: Path) -> Section | None:
     return Section("Export", Markup("").join(body), "torch and the file on the same images")
 
 # %% ../../nbs/70_runs/05_sections.ipynb #6ef6e50b
-def comparison_section(run: Path) -> Section | None:
+def comparison_section(run: Path, found: dict[str, Any]) -> Section:
     "Whether the second of two runs is better."
-    found = read_json(run / "comparison.json")
-    if not found:
-        return None
     rows, shown = found["numbers"], {}
     for name, row in rows.items():
         low, high = row["interval"]
@@ -78,11 +72,8 @@ def comparison_section(run: Path) -> Section | None:
     )
 
 # %% ../../nbs/70_runs/05_sections.ipynb #8cae9c4e
-def errors_section(run: Path) -> Section | None:
+def errors_section(run: Path, found: dict[str, Any]) -> Section:
     "How many errors of each kind, and the views that FiftyOne has of them."
-    found = read_json(run / "errors.json")
-    if not found:
-        return None
     counts, costs = found["counts"], found["costs"]
     rows = [[name, count, costs.get(name, {}).get("cost", "")] for name, count in counts.items()]
     open_it = Markup("<h3>In FiftyOne</h3><pre>neo errors {} --serve</pre>").format(found["dataset"])
@@ -92,11 +83,8 @@ def errors_section(run: Path) -> Section | None:
     return Section("Errors", Markup("").join(body), f"from a score of {found['threshold']:.2f} on")
 
 
-def mining_section(run: Path) -> Section | None:
+def mining_section(run: Path, found: dict[str, Any]) -> Section:
     "What was mined, and how to go on."
-    found = read_json(run / "mine.json")
-    if not found:
-        return None
     counts = [[name, count] for name, count in found["counts"].items() if count]
     weights = Path(found["weights"])
     again = f"neo train --data {found['name']} --weights {weights.name if weights.parent == run.parent else weights}"
@@ -105,11 +93,8 @@ def mining_section(run: Path) -> Section | None:
     return Section("Mining", Markup("").join(body), f"round {found['round']}, into the data set {found['name']}")
 
 # %% ../../nbs/70_runs/05_sections.ipynb #a392930a
-def predictions_section(run: Path) -> Section | None:
+def predictions_section(run: Path, found: dict[str, Any]) -> Section:
     "How much was found, class by class, and how sure the detector was."
-    found = read_json(run / "predictions.json")
-    if not found:
-        return None
     import matplotlib.pyplot as plt
 
     boxes = [box for image in found["images"] for box in image["detections"]]
@@ -138,11 +123,8 @@ def predictions_section(run: Path) -> Section | None:
     )
 
 # %% ../../nbs/70_runs/05_sections.ipynb #2d4fd04a
-def engine_section(run: Path) -> Section | None:
+def engine_section(run: Path, found: dict[str, Any]) -> Section:
     "What an engine is for, and whether it was run."
-    found = read_json(run / "engine.json")
-    if not found:
-        return None
     shown = {key: value for key, value in found.items() if key not in ("told", "trtexec", "verdict")}
     mark = {"proven": "good", "not run here": ""}.get(found["verdict"], "bad")
     told = Markup('<p><b class="{}">{}</b></p>').format(mark, found["told"])
@@ -150,11 +132,8 @@ def engine_section(run: Path) -> Section | None:
     return Section("Engine", told + facts(shown) + line, "for one kind of GPU, and one version of TensorRT")
 
 # %% ../../nbs/70_runs/05_sections.ipynb #1c052d74
-def video_section(run: Path) -> Section | None:
+def video_section(run: Path, found: dict[str, Any]) -> Section:
     "A video with boxes, and how quickly it was made."
-    found = read_json(run / "video.json")
-    if not found:
-        return None
     shown = {name: found[name] for name in ("frames", "frames per second", "objects") if name in found}
     video = Markup('<video src="video.mp4" controls style="width:100%;border-radius:8px"></video>')
     counts = table(("class", "boxes"), sorted(found["counts"].items(), key=lambda item: -item[1]))
@@ -163,11 +142,8 @@ def video_section(run: Path) -> Section | None:
     return Section("Video", Markup("").join(body), f"{found['source']}; a line per frame in detections.jsonl")
 
 # %% ../../nbs/70_runs/05_sections.ipynb #85f9226e
-def stages_section(run: Path) -> Section | None:
+def stages_section(run: Path, found: dict[str, Any]) -> Section:
     "Where the time of each detector goes, and what several clients get."
-    found = read_json(run / "stages.json")
-    if not found:
-        return None
     names = ("p50", "p90", "p99", "max")
     rows = [[r["detector"], r["batch"], r["stage"], *(float(r[name]) for name in names)] for r in found["stages"]]
     rates = [
@@ -183,20 +159,22 @@ def stages_section(run: Path) -> Section | None:
     return Section("Time", Markup("").join(body), f"from a JPEG of {height} x {width} to boxes; milliseconds per call")
 
 # %% ../../nbs/70_runs/05_sections.ipynb #ff735444
-SECTIONS = (
-    video_section,
-    stages_section,
-    comparison_section,
-    errors_section,
-    mining_section,
-    predictions_section,
-    engine_section,
-    export_section,
-)
+SECTIONS = {  # What a command leaves → its section; in the order of the page
+    "video.json": video_section,
+    "stages.json": stages_section,
+    "comparison.json": comparison_section,
+    "errors.json": errors_section,
+    "mine.json": mining_section,
+    "predictions.json": predictions_section,
+    "engine.json": engine_section,
+    "export.json": export_section,
+}
 
 
 def command_sections(
     run: str | Path,  # The run's folder
 ) -> list[Section]:  # Those that the run has
     "What commands found out in a run."
-    return [section for write in SECTIONS if (section := write(Path(run))) is not None]
+    run = Path(run)
+    known = {name: read_json(run / name) for name in SECTIONS}
+    return [SECTIONS[name](run, found) for name, found in known.items() if found]
