@@ -190,12 +190,14 @@ def compare(
     iou_threshold: float = 0.95,  # From this overlap on two boxes are the same
     min_score: float = 0.05,  # Below it a detection needs no partner, and may only be one
     score_bound: float = 1.0,  # From this difference in score on a pair does not agree
-) -> dict:  # agreement (0..1), unmatched, apart, detections, largest score_difference, smallest iou, odd
+) -> dict:  # agreement (0..1), unmatched, apart, detections, odd; of pairs the largest score_difference and
+    # box_difference (pixels of a side), the smallest iou
     "How far two detectors say the same, as sets; `odd` lists what differs, surest first."
     total = 0
     alone = 0
     odd = []
     difference = 0.0
+    pixels = 0.0
     smallest = 1.0
     for image in range(a.num_images):
         one, two = a.for_image(image), b.for_image(image)
@@ -211,6 +213,8 @@ def compare(
             alone, total = alone + len(lone), total + len(lone)
         total += len(rows)
         difference = max(difference, float(apart.max(initial=0)))
+        moved = np.abs(one.boxes_xyxy[rows] - two.boxes_xyxy[columns])
+        pixels = max(pixels, float(moved.max(initial=0)))
         smallest = min(smallest, float(iou.min(initial=1)))
     return {
         "agreement": 1 - len(odd) / total if total else 1.0,
@@ -218,6 +222,7 @@ def compare(
         "apart": len(odd) - alone,
         "detections": total,
         "score_difference": difference,
+        "box_difference": pixels,
         "iou": smallest,
         "odd": sorted(odd, key=lambda x: -x["score"]),
     }
@@ -297,7 +302,8 @@ def verdict_text(
     total = proof["detections"]
     alike = proof["detections"] - proof["unmatched"] - proof["apart"]
     told += f"{alike:,} of {total:,} detections above {proof['min_score']:g} agree ({proof['agreement']:.2%}, "
-    told += f"needed {proof['share']:.1%}); scores of pairs differ by {proof['score_difference']:.2g} at most"
+    told += f"needed {proof['share']:.1%}); scores of pairs differ by {proof['score_difference']:.2g}"
+    told += f" at most, sides of boxes by {proof['box_difference']:.2g} pixels"
     if "ap_difference" in proof:
         told += f"; AP differs by {proof['ap_difference']:.4f}, {proof['ap_bound']:g} at most"
     for row, items in worst_images(proof) if proof["verdict"] == VERDICTS[1] else ():
