@@ -190,14 +190,11 @@ def compare(
     iou_threshold: float = 0.95,  # From this overlap on two boxes are the same
     min_score: float = 0.05,  # Below it a detection needs no partner, and may only be one
     score_bound: float = 1.0,  # From this difference in score on a pair does not agree
-) -> dict:  # agreement (0..1), unmatched, apart, detections, odd; of pairs the largest score_difference and
-    # box_difference (pixels of a side), the smallest iou
+) -> dict:  # agreement (0..1), unmatched, apart, detections, odd; of pairs: score_difference, box_difference, iou
     "How far two detectors say the same, as sets; `odd` lists what differs, surest first."
-    total = 0
-    alone = 0
+    total, alone = 0, 0
     odd = []
-    difference = 0.0
-    pixels = 0.0
+    difference, pixels = 0.0, 0.0
     smallest = 1.0
     for image in range(a.num_images):
         one, two = a.for_image(image), b.for_image(image)
@@ -213,8 +210,7 @@ def compare(
             alone, total = alone + len(lone), total + len(lone)
         total += len(rows)
         difference = max(difference, float(apart.max(initial=0)))
-        moved = np.abs(one.boxes_xyxy[rows] - two.boxes_xyxy[columns])
-        pixels = max(pixels, float(moved.max(initial=0)))
+        pixels = max(pixels, float(np.abs(one.boxes_xyxy[rows] - two.boxes_xyxy[columns]).max(initial=0)))
         smallest = min(smallest, float(iou.min(initial=1)))
     return {
         "agreement": 1 - len(odd) / total if total else 1.0,
@@ -287,7 +283,7 @@ def _told(item: dict, runtime: str) -> str:
         f", {runtime} with {item['other_score']:.3f}" if item["in"] == "both" else ""
     )
 
-
+# %% ../../nbs/65_deploy/05_onnx.ipynb #8bc3f86e
 def verdict_text(
     proof: dict,  # From `prove`
     ids: Sequence[object] | None = None,  # What to call each image; its row when None
