@@ -54,6 +54,8 @@ MMDET: list[tuple[str, str | Callable]] = [
     (r"\.depthwise_conv\.", ".0."),
     (r"\.pointwise_conv\.", ".1."),
 ]
+
+# %% ../../../nbs/40_models/19_yolox/02_convert.ipynb #400ec5de
 MEGVII: list[tuple[str, str | Callable]] = [
     (r"^backbone\.backbone\.stem\.conv\.", "backbone.stem.0."),
     (r"^backbone\.backbone\.dark(\d)\.", lambda m: f"backbone.stages.{int(m[1]) - 2}."),
@@ -81,6 +83,8 @@ MEGVII: list[tuple[str, str | Callable]] = [
     (r"\.dconv\.", ".0."),
     (r"\.pconv\.", ".1."),
 ]
+
+# %% ../../../nbs/40_models/19_yolox/02_convert.ipynb #6cc9831e
 INSIDE: list[tuple[str, str]] = [
     (r"(blocks\.\d+)\.conv1\.", r"\1.first."),
     (r"(blocks\.\d+)\.conv2\.", r"\1.second."),
