@@ -17,7 +17,7 @@ NUMBERS = ["to host"] * 2  # loss terms and the totals of the parts, read during
 MATCHER = ["to device", "to host", "to device"]  # each object's image, the costs (the one wait), the pairs
 
 FAMILIES = ["rtdetr_nano", "rtdetrv2_r18", "rtdetrv2_r50", "rtdetr_hgnetv2_l", "rtdetrv2_timm"]
-DENSE = ["rtmdet_nano", "rtmdet_m"]  # they match nothing, so they wait for nothing
+DENSE = ["rtmdet_nano", "rtmdet_m", "yolox_nano"]  # they match nothing, so they wait for nothing
 SIZE = (90, 160)
 
 

@@ -237,6 +237,8 @@ DEFAULT: dict[str, dict[str, Any]] = {
     "rtmdet_nano*": _DENSE_SMALL,
     "rtmdet_mnv4": _DENSE_SMALL,
     "rtmdet_lite0": _DENSE_SMALL | {"backbone_lr": 2e-4},
+    "yolox_*": _DENSE,
+    "yolox_nano": _DENSE_SMALL,
 }
 
 # plain: RT-DETRv2's own, for comparisons (arXiv 2407.17140 and its configurations): 72 epochs, 1e-4 and 1e-5 for the

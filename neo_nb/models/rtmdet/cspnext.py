@@ -8,7 +8,8 @@ RTMDet's backbone (arXiv 2212.07784, section 3.2): cross-stage layers of 5x5 dep
 __all__ = ['STAGES', 'CSPNeXtBlock', 'conv3', 'ChannelAttention', 'CSPLayer', 'PoolingPyramid', 'CSPNeXt']
 
 # %% ../../../nbs/40_models/18_rtmdet/00_cspnext.ipynb #c4c8171e
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,12 +76,14 @@ class CSPLayer(nn.Module):
         activation: str = "silu",
         identity: bool = True,  # In the blocks
         attention: bool = False,
+        block: Callable[..., nn.Module] = CSPNeXtBlock,  # Called with channels, activation and identity
+        **more: Any,  # Goes to the blocks
     ):
         super().__init__()
         half = out_channels // 2
         self.main = ConvNorm(in_channels, half, activation=activation)
         self.short = ConvNorm(in_channels, half, activation=activation)
-        self.blocks = nn.Sequential(*(CSPNeXtBlock(half, activation, identity) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(block(half, activation, identity, **more) for _ in range(blocks)))
         self.attention = ChannelAttention(2 * half) if attention else nn.Identity()
         self.out = ConvNorm(2 * half, out_channels, activation=activation)
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from ...base.boxes import xyxy_to_cxcywh
 from ...base.core import InputError
-from ...data.batch import Targets, check_contents, denormalize_boxes
+from ...data.batch import Targets, check_contents
 from ...losses.dense_loss import DenseSums, as_fractions, dense_loss
 from ..backbones import freeze, make_backbone
 from ..contract import DetectionModel, Outputs, Preprocessing
 from ..layers import ConvNorm
-from ..nms import keep_best, top_scores
+from ..nms import best_of_cells
 from .cspnext import CSPNeXt
 from .head import Head, boxes_of, distances, make_cells
 from .pafpn import PAFPN
@@ -219,15 +219,5 @@ def detect(
 ) -> tuple[Float[Tensor, "b k 4"], Float[Tensor, "b k"], Int64[Tensor, "b k"]]:  # xyxy in pixels, scores, labels
     "The best detections of each image, best first; those that are left over have the score 0."
     scores = outputs.logits.float().sigmoid()
-    height, width = outputs.padded
-    ends = torch.stack([sizes[:, 1] / width, sizes[:, 0] / height], -1)
-    middle, sides = outputs.boxes[..., :2], outputs.boxes[..., 2:]
-    real = ((middle >= 0) & (middle < ends[:, None]) & (sides > 0)).all(-1, keepdim=True)
-    scores = (scores * real).flatten(1)
-    scores, chosen = top_scores(scores, self.config.candidates)
-    labels = chosen % self.num_classes
-    boxes = outputs.boxes.gather(1, (chosen // self.num_classes)[..., None].expand(-1, -1, 4))
-    boxes = denormalize_boxes(boxes, sizes, original_sizes, outputs.padded)
-    scores = scores * keep_best(boxes, labels, self.config.nms_iou)
-    scores, best = top_scores(scores, max_dets or self.max_dets)
-    return boxes.gather(1, best[..., None].expand(-1, -1, 4)), scores, labels.gather(1, best)
+    rule = (self.config.candidates, self.config.nms_iou, max_dets or self.max_dets)
+    return best_of_cells(scores, outputs.boxes, outputs.padded, sizes, original_sizes, *rule)

@@ -8,14 +8,14 @@ RTMDet's feature pyramid: a top-down and a bottom-up path of `CSPLayer`s between
 __all__ = ['PAFPN']
 
 # %% ../../../nbs/40_models/18_rtmdet/01_pafpn.ipynb #12f19788
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import ConvNorm
-from .cspnext import CSPLayer, conv3
+from .cspnext import CSPLayer, CSPNeXtBlock, conv3
 
 # %% ../../../nbs/40_models/18_rtmdet/01_pafpn.ipynb #bcb01169
 class PAFPN(nn.Module):
@@ -29,15 +29,23 @@ class PAFPN(nn.Module):
         *,
         activation: str = "silu",
         depthwise: bool = False,  # 3x3 convolutions as depthwise ones
+        block: Callable[..., nn.Module] = CSPNeXtBlock,  # In the layers
+        out_kernel: int = 3,  # Side of the last convolutions' kernels, 1 or 3
     ):
         super().__init__()
-        inside = {"activation": activation, "identity": False}
+        inside = {"activation": activation, "identity": False, "block": block}
+        inside |= {} if block is CSPNeXtBlock else {"depthwise": depthwise}  # a CSPNeXtBlock is, in any case
         pairs = list(zip(in_channels, in_channels[1:]))  # a level and the coarser one beside it
         self.narrow = nn.ModuleList(ConvNorm(coarse, fine, activation=activation) for fine, coarse in pairs)
         self.top_down = nn.ModuleList(CSPLayer(2 * fine, fine, blocks, **inside) for fine, _ in pairs)
         self.down = nn.ModuleList(conv3(fine, fine, 2, activation, depthwise) for fine, _ in pairs)
         self.bottom_up = nn.ModuleList(CSPLayer(2 * fine, coarse, blocks, **inside) for fine, coarse in pairs)
-        self.out = nn.ModuleList(conv3(wide, channels, 1, activation, depthwise) for wide in in_channels)
+        self.out = nn.ModuleList(
+            conv3(wide, channels, 1, activation, depthwise)
+            if out_kernel == 3
+            else ConvNorm(wide, channels, activation=activation)
+            for wide in in_channels
+        )
         self.channels = channels
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
