@@ -9,7 +9,7 @@ __all__ = ['CALIBRATION', 'HELD_OUT', 'PRODUCTS', 'BETWEEN', 'Ranges', 'ALIKE', 
            'group_of', 'find_layers', 'Int8File', 'Judge', 'measure_groups', 'choose_kept', 'count_products',
            'time_files', 'worth', 'plot_groups']
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #afac39a8
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #3280f3eb
 import contextlib
 import io
 import itertools
@@ -39,7 +39,7 @@ from ..review.mining import GOLDEN
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #d5bcbbbe
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #0ce6e140
 CALIBRATION, HELD_OUT = 128, 64  # Images that ranges are chosen from, and that layers are chosen by
 
 
@@ -67,7 +67,7 @@ def draw_images(
     order = np.random.default_rng(seed).permutation(len(table))
     return table[np.sort(order[:count])], table[np.sort(order[count : count + rest])]
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #67d8931e
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #0904535c
 PRODUCTS = ("Conv", "MatMul", "Gemm")
 BETWEEN = ("Add", "Mul", "Relu", "Sigmoid", "Concat", "Split", "Resize", "MaxPool", "AveragePool", "GlobalAveragePool")
 
@@ -101,7 +101,7 @@ def _deciding(graph: Any) -> set[int]:
             todo += [producer[name] for name in graph.node[row].input if name in producer]
     return found
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #4f8c3a7d
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #e0630181
 def find_layers(
     graph: Any,  # ONNX's GraphProto, with types
 ) -> tuple[dict[str, str], dict[str, str]]:  # Node → layer: what may be rounded, and what stays in float
@@ -120,7 +120,7 @@ def find_layers(
             (fixed if stays else free)[node.name] = layer
     return free, fixed
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #e514cbdb
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #eb262c03
 Ranges = Literal["minmax", "percentile", "entropy"]
 
 
@@ -141,7 +141,7 @@ def _calibrator(rule: Ranges, path: Path, maps: Collection[str], folder: str) ->
     kinds = {"minmax": "MinMaxCalibrater", "percentile": "PercentileCalibrater", "entropy": "EntropyCalibrater"}
 
     class Calibrator(getattr(calibrate, kinds[rule])):
-        def select_tensors_to_calibrate(self, model: Any) -> tuple[set[str], dict]:
+        def select_tensors_to_calibrate(self, model: Any) -> tuple[list[str], dict]:
             found, values = super().select_tensors_to_calibrate(model)
             return sorted(found & set(maps)), values
 
@@ -152,7 +152,7 @@ def _calibrator(rule: Ranges, path: Path, maps: Collection[str], folder: str) ->
     calibrator.create_inference_session()
     return calibrator
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #5ef29820
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #538e7bc5
 class Int8File:
     "A float ONNX file on its way to integers."
 
@@ -176,7 +176,7 @@ class Int8File:
         self.ranges: Any = None
         self.about: dict[str, Any] = {}
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #e59751a1
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #4396915e
 @patch
 def between(self: Int8File, nodes: Collection[str]) -> list[str]:
     "The operations whose inputs are all integers when these products are."
@@ -194,7 +194,7 @@ def between(self: Int8File, nodes: Collection[str]) -> list[str]:
             found.append(node.name)
     return found
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #846c7756
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #4b7c5161
 @patch
 def calibrate(
     self: Int8File,
@@ -219,7 +219,7 @@ def calibrate(
         self.ranges = calibrator.compute_data()
     self.about = {"calibrated on": table.name, "images": len(table), "rule": rule}
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #bc108c87
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #21a22813
 @patch
 def quantise(
     self: Int8File,
@@ -246,7 +246,7 @@ def quantise(
     quantizer.model.topological_sort()
     return quantizer.model.model
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #e59d5f42
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #117772d1
 @patch
 def write(
     self: Int8File,
@@ -268,7 +268,7 @@ def write(
         temporary.write_bytes(proto.SerializeToString())
     return Path(target)
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #3104634d
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #fe7244d1
 ALIKE = {"iou_threshold": 0.5, "min_score": 0.05, "score_bound": 0.1}
 
 
@@ -301,7 +301,7 @@ class Judge:
         lost = self.ap - coco_metrics(found, self.table)["AP"]
         return {"AP lost": lost, "differ": 1 - compare(self.expected, found, **ALIKE)["agreement"]}
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #107cb380
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #9b9d5468
 def measure_groups(
     judge: Judge,
     groups: Collection[str] | None = None,  # All when None
@@ -335,7 +335,7 @@ def choose_kept(
             break
     return order[:count], pd.DataFrame(steps)
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #7d8df8b8
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #6648769e
 INTEGER = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm")
 
 
@@ -354,7 +354,7 @@ def count_products(
         kinds = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
     return sum(kinds[kind] for kind in INTEGER), sum(kinds[kind] for kind in (*PRODUCTS, "FusedConv", "FusedMatMul"))
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #2b92d110
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #23df41d2
 def time_files(
     files: dict[str, Path],  # Precision → file; the first is what the others are held against
     table: Annotations,  # Images
@@ -384,7 +384,7 @@ def time_files(
         rows.append({"precision": name} | row)
     return pd.DataFrame(rows).set_index("precision")
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #18f5300d
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #c65567b3
 def worth(
     rows: "pd.DataFrame",  # From `time_files`, with the column AP: rows fp32 and int8
     limit: float = BOUNDS[CALIBRATED].ap,  # AP that may be lost
@@ -403,7 +403,7 @@ def worth(
         return False, f"INT8 is not worth it here: {' and '.join(against)} ({told})"
     return True, f"INT8 is worth it here: {told}"
 
-# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #f28fd0a1
+# %% ../../nbs/65_deploy/23_int8_onnx.ipynb #983307fc
 def plot_groups(
     effects: "pd.DataFrame",  # From `measure_groups`
     kept: Collection[str] = (),  # What stayed in float: drawn hollow
