@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable] = {
     "export": deploy_commands.export,
     "export_edge": deploy_commands.export,
     "export_engine": deploy_commands.export,
+    "export_int8": deploy_commands.export,
     "benchmark": deploy_commands.benchmark,
     "benchmark_transformers": deploy_commands.benchmark,
     "errors": review_commands.errors,

@@ -117,7 +117,9 @@ def to_int8(
     "A detector in eight bits. Raises `InputError` for a family that has no such form."
     if not isinstance(model, RTMDet):
         raise InputError(
-            f"{model.model_name} has no form in eight bits", None, "take an RTMDet, such as rtmdet_nano_relu"
+            f"{model.model_name} has no form in eight bits",
+            None,
+            "take an RTMDet, such as rtmdet_nano_relu; of this one, neo export RUN --precision int8",
         )
     rows = np.unique(np.linspace(0, len(table) - 1, min(images, len(table))).round().astype(int))
     own = model.preprocessing

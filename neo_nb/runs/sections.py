@@ -6,7 +6,8 @@ Each of these commands leaves a JSON in its folder; the page of the run begins w
 
 # %% auto #0
 __all__ = ['SECTIONS', 'read_json', 'export_section', 'comparison_section', 'errors_section', 'mining_section',
-           'predictions_section', 'engine_section', 'video_section', 'stages_section', 'command_sections']
+           'predictions_section', 'engine_section', 'video_section', 'stages_section', 'int8_section',
+           'command_sections']
 
 # %% ../../nbs/70_runs/05_sections.ipynb #90838d27
 import json
@@ -158,6 +159,36 @@ def stages_section(run: Path, found: dict[str, Any]) -> Section:
     height, width = found["photo"]
     return Section("Time", Markup("").join(body), f"from a JPEG of {height} x {width} to boxes; milliseconds per call")
 
+# %% ../../nbs/70_runs/05_sections.ipynb #43af3b6b
+def _cost(row: dict[str, Any]) -> list[str]:
+    "What a group costs, as two cells."
+    return [f"{row['AP lost']:.4f}", f"{100 * row['differ']:.1f}"]
+
+
+def int8_section(run: Path, found: dict[str, Any]) -> Section:
+    "What eight bits cost and won, precision by precision and group by group."
+    told = Markup('<p class="verdict {}">{}</p>').format("good" if found["worth"] else "bad", found["told"])
+    rows = []
+    for row in found["precisions"]:
+        took = f"{row['ratio']:.2f} ({row['from']:.2f} … {row['to']:.2f})"
+        products = f"{row['integer products']} of {row['integer products'] + row['float products']}"
+        rows.append([row["precision"], f"{row['AP']:.4f}", f"{row['ms']:.1f}", took, f"{row['MB']:.1f}", products])
+    names = ("precision", "AP", "ms per image", "of the time of fp32 (95 %)", "MB", "products in integers")
+    groups = [
+        [row["group"], row["layers"], f"{row['weights, k']:.1f}", *_cost(row), "float" if row["group"] in found["kept"] else "int8"]
+        for row in found["groups"]
+    ]  # fmt: skip
+    plot = run / "plots" / "int8.svg"
+    about = ("calibrated on", "images", "rule", "held out", "seed", "limit")
+    shown = {name: found[name] for name in about} | {"in float": ", ".join(found["in float"])}
+    body = [told, table(names, rows), Markup("<h3>Each group of layers alone in integers</h3>"),
+            svg_markup(plot.read_text(encoding="utf-8"), "int8") if plot.exists() else Markup(),
+            table(("group", "layers", "weights, thousands", "AP lost", "detections that differ, %", "in the file"), groups),
+            Markup("<h3>Left in float, one after the other</h3>"),
+            table(("left in float", "AP lost", "detections that differ, %"), [[row["kept"], *_cost(row)] for row in found["steps"]]),
+            facts(shown)]  # fmt: skip
+    return Section("Eight bits", Markup("").join(body), "layers measured on training images that were held out")
+
 # %% ../../nbs/70_runs/05_sections.ipynb #ff735444
 SECTIONS = {  # What a command leaves → its section; in the order of the page
     "video.json": video_section,
@@ -167,6 +198,7 @@ SECTIONS = {  # What a command leaves → its section; in the order of the page
     "mine.json": mining_section,
     "predictions.json": predictions_section,
     "engine.json": engine_section,
+    "int8.json": int8_section,
     "export.json": export_section,
 }
 
