@@ -74,7 +74,10 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "edge": (edge, "RTMDet from a training in float to INT8 files: TFLite and ONNX, compared on the same images"),
     "logo": (logo, "the recipe for tiny objects: larger input, tiles, mining, and what each is worth"),
     "tune": (tune, "settings that suit your images: short trainings, the best on a page"),
-    "export": (export, "an ONNX or TFLite file or a TensorRT engine, proven to find what the model finds"),
+    "export": (
+        export,
+        "an ONNX or TFLite file, a torch package or a TensorRT engine, proven to find what the model finds",
+    ),
     "benchmark": (
         benchmark,
         "from a JPEG to boxes, stage by stage; --against transformers: ratios on the same weights",

@@ -186,6 +186,7 @@ FILES = {
     "weights/best.safetensors": "weights of the best epoch: neo evaluate, neo export and neo predict take it",
     "weights/last.pt": "state of the training: neo train --resume",
     "model.onnx": "the exported network",
+    "model.pt2": "the exported network, for torch alone",
     "model.tflite": "the exported network, for LiteRT",
     "study.html": "the study of a tuning",
     "edge.html": "what eight bits cost, on one page",

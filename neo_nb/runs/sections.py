@@ -29,7 +29,7 @@ def export_section(run: Path, found: dict[str, Any]) -> Section:
     "What an export was held to, and how the file is used."
     sides = {kind: row for kind, row in found.items() if isinstance(row, dict) and "AP" in row}
     names = [n for n in ("AP", "AP50", "F1") if all(n in row for row in sides.values())]
-    shown = ("file", "megabytes", "precision", "opset", "batch", "inputs", "outputs")
+    shown = ("file", "megabytes", "precision", "opset", "torch", "batch", "inputs", "outputs")
     verdict = found.get("verdict", "passed" if found["passed"] else "failed")
     mark, told = "good" if found["passed"] else "bad", found.get("told", "").partition(": ")[2]
     proof = Markup('<p><b class="{}">{}</b>{}</p>').format(mark, verdict, f": {told}" if told else "")
