@@ -73,7 +73,7 @@ _PLACES = """
     before_{s} = Less (start_{s}, zero)
     behind_{s} = GreaterOrEqual (start_{s}, last_{s})
     outside_{s} = Or (before_{s}, behind_{s})
-    second32_{s} = Where (outside_{s}, zero32, share_{s})
+    second32_{s} = {border}
     first32_{s} = Sub (one32, second32_{s})
     scaled_second_{s} = Mul (second32_{s}, steps32)
     scaled_first_{s} = Mul (first32_{s}, steps32)
@@ -83,8 +83,9 @@ _PLACES = """
     first_{s} = Cast <to = 6> (round_first_{s})
     from0_{s} = Max (start_{s}, zero)
     at_{s} = Min (from0_{s}, last_{s})
-    beside_{s} = Add (at_{s}, one)
-    at_next_{s} = Min (beside_{s}, last_{s})
+    beside_{s} = Add (start_{s}, one)
+    from1_{s} = Max (beside_{s}, zero)
+    at_next_{s} = Min (from1_{s}, last_{s})
     low_{s} = Cast <to = 7> (at_{s})
     high_{s} = Cast <to = 7> (at_next_{s})"""
 
@@ -194,7 +195,9 @@ def prepare_graph(
     from onnx.parser import parse_graph
 
     rows, columns = pad_to(size, divisor)
-    sides = [{"s": "y", "i": "index0"}, {"s": "x", "i": "index1"}]
+    # beyond the outermost pixels OpenCV weighs a row with itself, and takes a column alone
+    sides = [{"s": "y", "i": "index0", "border": "Identity (share_y)"}]
+    sides += [{"s": "x", "i": "index1", "border": "Where (outside_x, zero32, share_x)"}]
     body = "".join([_FIT[resize], _RULE, *(_PLACES.format(**side) for side in sides)])
     lines = [_ROW.format(r=r, w=w) for r, w in (("low", "first"), ("high", "second"))]
     linear = _LINEAR.format(rows="".join(lines))
