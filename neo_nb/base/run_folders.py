@@ -191,7 +191,7 @@ def find_run(
     return found[0]
 
 # %% ../../nbs/00_base/11_run_folders.ipynb #689c2662
-_DETECTORS = (".safetensors", ".onnx", ".tflite", ".engine", ".pth", ".pt", ".bin")
+_DETECTORS = (".safetensors", ".onnx", ".tflite", ".engine", ".pt2", ".pth", ".pt", ".bin")
 _IN_FOLDER = (*NEEDS["weights"], "model.safetensors", "best.safetensors", "last.safetensors", "config.json")
 
 
@@ -200,7 +200,7 @@ def _detector_of(run: Path) -> Path:
     known = {} if any((run / file).is_file() for file in _IN_FOLDER) else read_record(run)
     config = (known.get("config") or {}) | (known.get("parameters") or {})
     of = next((config[key] for key in ("detector", "of") if config.get(key)), None)
-    file = next((name for name in ("model.onnx", "model.tflite") if (run / name).is_file()), None)
+    file = next((name for name in ("model.onnx", "model.tflite", "model.pt2") if (run / name).is_file()), None)
     if file and known:
         print(f"{run.name} has no weights: its {file} is taken", file=sys.stderr)
         return run / file

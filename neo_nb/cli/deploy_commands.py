@@ -32,25 +32,25 @@ def export(
     min_score: float = 0.05,  # From this score on a detection of torch must be one of the file too
     device: str = "auto",  # ONNX: where both are proven: auto, cpu, cuda or cuda:N
     precision: FilePrecision = "auto",  # fp32, fp16 or int8; auto: ONNX fp32, TensorRT fp16, TFLite int8
-    to: Literal["onnx", "tensorrt", "tflite"] = "onnx",  # The kind of file
+    to: Literal["onnx", "torch", "tensorrt", "tflite"] = "onnx",  # The kind of file
+    input: Literal["prepared", "image"] = "prepared",  # ONNX: prepared images with their sizes, or an image as it is
     target: str = "here",  # TensorRT: the GPU it is for: t4, a100, a10, rtx4000_ada, l4, rtx50, sm89 or here
     calibration_split: str = "train",  # Of int8: the split whose images choose the ranges
     calibration: AnyRule = "auto",  # Of int8: minmax, percentile, mse (RTMDet, its auto) or entropy (others; their auto is minmax)
     processor: str | None = None,  # TFLite in int8: compile it as well for this Arm Ethos-U, such as ethos-u55-128
 ) -> Result:
-    "Write an ONNX file, a TensorRT engine or a TFLite file, and prove that it finds what the model finds."
-    usual = {"tflite": "int8", "tensorrt": "fp16", "onnx": "fp32"}
+    "Write an ONNX file, a torch package, a TensorRT engine or a TFLite file, and prove that it finds what the model finds."
+    usual = {"tflite": "int8", "tensorrt": "fp16", "onnx": "fp32", "torch": "fp32"}
     precision = usual[to] if precision == "auto" else precision
     small = to == "tflite" or precision == "int8"
-    given = {"batch": batch, "opset": opset, "device": device, "calibration_split": calibration_split}
+    given = {"input": input, "batch": batch, "opset": opset, "device": device, "calibration_split": calibration_split}
     _check_kind(to, precision, given | {"calibration": calibration})
     _check_export(batch, min_score, split, calibration_split if precision == "int8" else None)
     check_device(device)
-    require(*(("ai-edge-litert",) if to == "tflite" else ("onnx", "onnxscript")))
+    require(*{"tflite": ("ai-edge-litert",), "torch": ()}.get(to, ("onnx", "onnxscript")))
     if to == "tensorrt":
         _check_builder(target)
-    if processor is not None:
-        _check_processor(processor, to, precision)
+    _check_processor(processor, to, precision)
     path = find_detector(detector)
     if to == "tensorrt" and path.suffix == ".onnx":
         return run_notebook("export_engine", run_about("export", path, data), {"detector": path, "target": target})
@@ -59,8 +59,8 @@ def export(
     run = run_about("export", path, data)
     common = {"detector": path, "size": size, "data": data, "split": split, "min_score": min_score}
     if not small:
-        more = {"precision": precision, "batch": batch, "opset": opset, "device": device}
-        done = run_notebook("export", run, common | more)
+        kind = {"to": "torch" if to == "torch" else "onnx", "input": input, "precision": precision}
+        done = run_notebook("export", run, common | kind | {"batch": batch, "opset": opset, "device": device})
         return _engine(done, target, common) if to == "tensorrt" else done
     more = {"batch": batch, "opset": opset, "calibration_split": calibration_split, "calibration": calibration}
     if not own:
@@ -122,8 +122,10 @@ def _worth(done: Result) -> Result:
     return Result("\n".join([done.text, *lines, known["told"]]), dict(done.data) | {"int8": known}, done.run)
 
 # %% ../../nbs/90_cli/13_deploy_commands.ipynb #862cbf90
-def _check_processor(processor: str, to: str, precision: str) -> None:
+def _check_processor(processor: str | None, to: str, precision: str) -> None:
     "Raise `InputError` for a file that no Ethos-U takes, and for one that is not known."
+    if processor is None:
+        return
     from neo_nb.deploy.vela import PROCESSORS
 
     if (to, precision) != ("tflite", "int8"):
@@ -132,19 +134,20 @@ def _check_processor(processor: str, to: str, precision: str) -> None:
     check_choice(processor, PROCESSORS, "processor")
 
 
-_OF_ONNX = {"batch": "1", "opset": 18}  # As they are when not given
+_OF_OPSET, _OF_IMAGE = {"opset": 18}, {"input": "prepared"}  # As they are when not given
+_OF_ONNX = {"batch": "1"} | _OF_OPSET
 _OF_FLOAT = {"device": "auto"}
 _OF_INT8 = {"calibration_split": "train", "calibration": "auto"}
 
 
 def _check_kind(to: str, precision: str, given: dict[str, Any]) -> None:
     "Raise `InputError` for what another kind of file has."
-    if precision == "bf16" or (to == "tensorrt" and precision == "int8"):
-        known = "fp32 and fp16" if to == "tensorrt" else "fp32, fp16 and int8"
+    written = {"tensorrt": ("fp32", "fp16"), "torch": ("fp32",)}.get(to, ("fp32", "fp16", "int8"))
+    if precision not in written:
+        known = " and ".join(filter(None, (", ".join(written[:-1]), written[-1])))
         raise InputError(f"files for {to} are written in {known}, not in {precision}", "--precision")
-    if to == "tflite" and precision not in ("fp32", "fp16", "int8"):
-        raise InputError(f"TFLite files are written in fp32, fp16 or int8, not in {precision}", "--precision")
-    others = _OF_ONNX if to == "tflite" else {}
+    others = {"tflite": _OF_ONNX | _OF_IMAGE, "torch": _OF_OPSET | _OF_IMAGE, "tensorrt": _OF_IMAGE}.get(to, {})
+    others = others | (_OF_IMAGE if precision == "int8" else {})
     others = others | (_OF_FLOAT if to == "tflite" or precision == "int8" else {})
     others = others | ({} if precision == "int8" else _OF_INT8)
     for name, usual in others.items():

@@ -30,6 +30,7 @@ from neo_nb.cli.data_commands import (
 )
 from .deploy_commands import benchmark, export
 from .edge_command import edge
+from .label_command import label, review
 from .launch_command import launch
 from .page_commands import report
 from .predict_command import predict
@@ -74,15 +75,17 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "edge": (edge, "RTMDet from a training in float to INT8 files: TFLite and ONNX, compared on the same images"),
     "logo": (logo, "the recipe for tiny objects: larger input, tiles, mining, and what each is worth"),
     "tune": (tune, "settings that suit your images: short trainings, the best on a page"),
-    "export": (export, "an ONNX or TFLite file or a TensorRT engine, proven to find what the model finds"),
-    "benchmark": (
-        benchmark,
-        "from a JPEG to boxes, stage by stage; --against transformers: ratios on the same weights",
+    "export": (
+        export,
+        "an ONNX or TFLite file, a torch package or a TensorRT engine, proven to find what the model finds",
     ),
+    "benchmark": (benchmark, "from a JPEG to boxes, stage by stage; --against transformers, on the same weights"),
     "errors": (errors, "what went wrong, in FiftyOne; --serve opens the App, --pull brings back your tags"),
     "compare": (compare, "two runs on the same images: is one better, and where"),
     "report": (report, "the page of a run in a browser; without a run, the page of all runs"),
     "predict": (predict, "images or a video with boxes, and the boxes as JSON, COCO, YOLO or CSV; --track"),
+    "label": (label, "labels by a detector for images without any: a manifest with scores"),
+    "review": (review, "a model's labels in FiftyOne; --serve opens the App, --pull brings back corrections"),
     "serve": (serve, "a detector behind HTTP: batches, limits, metrics, a page to try it"),
     "runs": (runs, "all runs: what, on which data, how good, when; --sort AP, --data, --kind"),
     "launch": (launch, "one of these commands elsewhere: Hugging Face Jobs, SkyPilot, Slurm, Kubernetes"),

@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['READERS', 'log', 'read_split', 'read_cached_yolo', 'compute_fingerprint', 'diff_fingerprints', 'load_dataset',
-           'changes_of', 'faults_line']
+           'changes_of', 'labels_line', 'faults_line']
 
 # %% ../../nbs/20_data/08_manifest.ipynb #abe10f27
 import hashlib
@@ -210,6 +210,7 @@ def load_dataset(
         raise InputError(f"changed since its manifest was written: {'; '.join(changes)}", table.name)
     _say(f"{table.name} has changed since its manifest was written: {'; '.join(changes)}" if changes else "")
     _say(faults_line(table))
+    _say(labels_line(manifest))
     return table
 
 
@@ -224,6 +225,15 @@ def changes_of(
         return diff_fingerprints(entry.fingerprint, compute_fingerprint(table))
     pairs = (("images", entry.expected_images, len(table)), ("boxes", entry.expected_boxes, len(table.boxes_xyxy)))
     return [f"{key} {wanted:,} → {got:,}" for key, wanted, got in pairs if wanted is not None and wanted != got]
+
+# %% ../../nbs/20_data/08_manifest.ipynb #9b0a42de
+def labels_line(manifest: Manifest) -> str:  # "" when people made all labels, or have looked at all of a model's
+    "One line about labels that a model made and nobody reviewed."
+    by = manifest.labelled_by
+    if by is None or by.reviewed >= by.images:
+        return ""
+    unseen = f"{by.images - by.reviewed:,} of its {by.images:,} images were not reviewed by a person"
+    return f"{manifest.name}: its labels are a model's ({by.model}, {by.date[:10]}); {unseen} (neo review)"
 
 # %% ../../nbs/20_data/08_manifest.ipynb #a07aea40
 def faults_line(

@@ -310,8 +310,9 @@ def save_tiled(
     title = f"{manifest.title or manifest.name}, in tiles of {tile[0]} x {tile[1]}"
     classes = list(next(iter(tables.values())).class_names)
     made = Manifest(
-        name=name, title=title, format="coco", root=name, licence=manifest.licence, classes=classes, splits=splits
-    )
+        name=name, title=title, format="coco", root=name, licence=manifest.licence, classes=classes, splits=splits,
+        labelled_by=manifest.labelled_by,
+    )  # fmt: skip
     heavy = {split: weights for split, weights in drawn.items() if (weights != 1).any()}
     mined = {"mined": _keep_weights(made, manifest, heavy, Path(target))} if heavy else {}
     for split in splits:

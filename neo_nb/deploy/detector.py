@@ -323,16 +323,17 @@ _RUNTIMES = {  # Built upon what stands here
     "onnx": ("onnx_detector", "OnnxDetector"),
     "tflite": ("tflite_detector", "TFLiteDetector"),
     "tensorrt": ("tensorrt_detector", "TensorRTDetector"),
+    "package": ("torch_package", "PackageDetector"),
 }
 
 
 def load_detector(
     path: str
     | Path
-    | int,  # A run (number, name, path, last, best), .safetensors, .onnx, .tflite, .engine, .pth, folder, owner/name
+    | int,  # A run (number, name, path, last, best), .safetensors, .onnx, .tflite, .engine, .pt2, .pth, folder, owner/name
     device: torch.device | str = "cpu",  # auto, cpu, cuda or cuda:N
     size: tuple[int, int] | None = None,  # (height, width) for a checkpoint; the one it was trained at when None
-    precision: str = "fp32",  # auto, fp32, fp16 or bf16; an ONNX or TFLite file has its own
+    precision: str = "fp32",  # auto, fp32, fp16 or bf16; a file that only runs has its own
 ) -> Detector:
     "Open whatever detects. Raises `InputError` when it cannot be."
     kind, file = resolve_weights(find_detector(path))

@@ -22,8 +22,13 @@ from torch import Tensor
 from ..base.core import InputError
 
 # %% ../../nbs/40_models/03_checkpoint_files.ipynb #8d8fe268
-Kind = Literal["ours", "external", "hub", "onnx", "tflite", "tensorrt"]
-RUNTIMES: dict[str, Kind] = {".onnx": "onnx", ".tflite": "tflite", ".engine": "tensorrt"}  # Files that only run
+Kind = Literal["ours", "external", "hub", "onnx", "tflite", "tensorrt", "package"]
+RUNTIMES: dict[str, Kind] = {  # Files that only run
+    ".onnx": "onnx",
+    ".tflite": "tflite",
+    ".engine": "tensorrt",
+    ".pt2": "package",
+}
 _IN_FOLDER = (
     "model.safetensors",
     "weights/best.safetensors",
@@ -70,7 +75,7 @@ def resolve_weights(
         return RUNTIMES[path.suffix], path
     what = f"{path.suffix or 'a file without suffix'} is no detector"
     raise InputError(
-        what, path, "known: .safetensors, .onnx, .tflite, .engine, .pth, a run folder, a transformers folder"
+        what, path, "known: .safetensors, .onnx, .tflite, .engine, .pt2, .pth, a run folder, a transformers folder"
     )
 
 # %% ../../nbs/40_models/03_checkpoint_files.ipynb #0f09f181

@@ -115,6 +115,10 @@ GALLERIES = {  # Folder → title, what the captions say, images at most
         GALLERY,
     ),
     "misses": ("Largest objects missed", "image, class; the case in white", GALLERY),
+    "least_certain": ("Least certain", "file, boxes and the lowest score, by which they are ordered", GALLERY),
+    "most_certain": ("Most certain", "file, boxes and the lowest score, by which they are ordered", GALLERY),
+    "most_crowded": ("Most boxes", "file, boxes and the lowest score", GALLERY),
+    "empty": ("Without a box", "images in which nothing was found", GALLERY),
     "mined": ("Mined", "image, kind of error, class predicted, score; the case in white", 48),
 }
 
@@ -186,6 +190,7 @@ FILES = {
     "weights/best.safetensors": "weights of the best epoch: neo evaluate, neo export and neo predict take it",
     "weights/last.pt": "state of the training: neo train --resume",
     "model.onnx": "the exported network",
+    "model.pt2": "the exported network, for torch alone",
     "model.tflite": "the exported network, for LiteRT",
     "study.html": "the study of a tuning",
     "edge.html": "what eight bits cost, on one page",
@@ -201,6 +206,7 @@ FILES = {
     "errors.json": "counts, costs and views",
     "mine.json": "what was mined, and from which run",
     "export.json": "the proof of the export",
+    "label.json": "whose labels they are, and how many",
     "notebook.html": "the executed notebook as a page",
     "results.csv": "a row per epoch",
     "metrics.json": "every number",

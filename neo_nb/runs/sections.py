@@ -6,7 +6,7 @@ Each of these commands leaves a JSON in its folder; the page of the run begins w
 
 # %% auto #0
 __all__ = ['SECTIONS', 'read_json', 'export_section', 'comparison_section', 'errors_section', 'mining_section',
-           'predictions_section', 'engine_section', 'video_section', 'stages_section', 'int8_section',
+           'predictions_section', 'engine_section', 'video_section', 'stages_section', 'int8_section', 'label_section',
            'command_sections']
 
 # %% ../../nbs/70_runs/05_sections.ipynb #90838d27
@@ -30,7 +30,7 @@ def export_section(run: Path, found: dict[str, Any]) -> Section:
     "What an export was held to, and how the file is used."
     sides = {kind: row for kind, row in found.items() if isinstance(row, dict) and "AP" in row}
     names = [n for n in ("AP", "AP50", "F1") if all(n in row for row in sides.values())]
-    shown = ("file", "megabytes", "precision", "opset", "batch", "inputs", "outputs")
+    shown = ("file", "megabytes", "precision", "opset", "torch", "batch", "inputs", "outputs")
     verdict = found.get("verdict", "passed" if found["passed"] else "failed")
     mark, told = "good" if found["passed"] else "bad", found.get("told", "").partition(": ")[2]
     proof = Markup('<p><b class="{}">{}</b>{}</p>').format(mark, verdict, f": {told}" if told else "")
@@ -189,6 +189,32 @@ def int8_section(run: Path, found: dict[str, Any]) -> Section:
             facts(shown)]  # fmt: skip
     return Section("Eight bits", Markup("").join(body), "layers measured on training images that were held out")
 
+# %% ../../nbs/70_runs/05_sections.ipynb #e6337712
+def label_section(run: Path, found: dict[str, Any]) -> Section:
+    "What a model labelled, and what to do before a training believes it."
+    import matplotlib.pyplot as plt
+
+    rows = [[name, boxes, found["images_with"][name]] for name, boxes in found["counts"].items()]
+    plot, panel = plt.subplots(figsize=(7, 2.3), layout="constrained")
+    plt.close(plot)
+    panel.bar(np.arange(10) / 10 + 0.05, found["scores"], 0.095, color="#0b6e99")
+    panel.axvline(found["threshold"], color="#d55e00", linestyle=":", linewidth=1.2)
+    panel.set(xlim=(0, 1), xlabel="score", ylabel="boxes")
+    panel.spines[["top", "right"]].set_visible(False)
+    name = found["name"]
+    use = f"neo review {name}            puts them into FiftyOne\nneo review {name} --serve    opens the App\n"
+    use += f"neo review {name} --pull     brings corrections and tags back into the manifest"
+    about = {
+        key: found[key] for key in ("detector", "model", "sha256", "date", "left_out", "unreadable") if found[key]
+    }
+    bad = [[file, why] for file, why in found["faults"].items()]
+    body = [numbers({"images": found["images"], "boxes": found["boxes"], "images without a box": found["empty"],
+                     "boxes from a score of": float(found["threshold"])}),
+            table(("class", "boxes", "images with it"), rows), figure(plot, "scores"),
+            table(("image that cannot be read", "why"), bad, left=2) if bad else Markup(), facts(about),
+            Markup("<h3>Before a training</h3><pre>{}</pre>").format(use)]  # fmt: skip
+    return Section("Labels by a model", Markup("").join(body), f"{name}: nobody has reviewed them yet")
+
 # %% ../../nbs/70_runs/05_sections.ipynb #ff735444
 SECTIONS = {  # What a command leaves → its section; in the order of the page
     "video.json": video_section,
@@ -197,6 +223,7 @@ SECTIONS = {  # What a command leaves → its section; in the order of the page
     "errors.json": errors_section,
     "mine.json": mining_section,
     "predictions.json": predictions_section,
+    "label.json": label_section,
     "engine.json": engine_section,
     "int8.json": int8_section,
     "export.json": export_section,
