@@ -77,11 +77,11 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "export": (export, "an ONNX or TFLite file or a TensorRT engine, proven to find what the model finds"),
     "benchmark": (
         benchmark,
-        "from a JPEG to boxes, stage by stage; --against transformers: ratios on the same weights",
+        "from a JPEG to boxes, stage by stage; --against transformers or runtimes: ratios on the same weights",
     ),
     "errors": (errors, "what went wrong, in FiftyOne; --serve opens the App, --pull brings back your tags"),
     "compare": (compare, "two runs on the same images: is one better, and where"),
-    "report": (report, "the page of a run in a browser; without a run, the page of all runs"),
+    "report": (report, "the page of a run, or of all runs, in a browser; --target NAME: what a machine can do"),
     "predict": (predict, "images or a video with boxes, and the boxes as JSON, COCO, YOLO or CSV; --track"),
     "serve": (serve, "a detector behind HTTP: batches, limits, metrics, a page to try it"),
     "runs": (runs, "all runs: what, on which data, how good, when; --sort AP, --data, --kind"),
