@@ -1,6 +1,7 @@
 """What a machine can do, from the shell: measured here, built ahead for elsewhere, gone on with after a kill."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -11,6 +12,7 @@ import torch
 from command import neo as command
 from test_runs import QUIET
 
+from neo_nb.cli.main import main
 from neo_nb.deploy.tensorrt_build import import_builder
 from neo_nb.models.weights import save_weights
 from neo_nb.models.zoo import create_model
@@ -44,17 +46,23 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
-def neo(workspace: Path, *words, wait: bool = True):
-    return command(*map(str, words), wait=wait, cwd=workspace, **QUIET)
+def here(workspace: Path, monkeypatch, capsys, *words) -> tuple[int, str, str]:
+    "The same in this process, which has imported everything: exit status, standard output, standard error."
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("TRACKIO_DIR", str(workspace / "trackio"))
+    for name in [name for name in os.environ if name.startswith("NEO_")]:
+        monkeypatch.delenv(name)
+    status = main([str(word) for word in words])
+    return status, *capsys.readouterr()
 
 
 def kept(workspace: Path, target: str) -> dict:
     return json.loads((workspace / f"reports/targets/{target}/target.json").read_text())
 
 
-def test_a_cpu_is_measured_and_a_kill_costs_only_the_step_it_fell_in(workspace):
+def test_a_cpu_is_measured_and_a_kill_costs_only_the_step_it_fell_in(workspace, monkeypatch, capsys):
     given = ("report", "--target", "cpu", "--data", "tiny", "--minutes", "0.05")
-    process = neo(workspace, *given, wait=False)
+    process = command(*given, wait=False, cwd=workspace, **QUIET)
     end = time.monotonic() + 300
     while not list(workspace.glob("reports/0001-*/weights/last.pt")) and time.monotonic() < end:
         assert process.poll() is None
@@ -62,11 +70,13 @@ def test_a_cpu_is_measured_and_a_kill_costs_only_the_step_it_fell_in(workspace):
     process.send_signal(signal.SIGTERM)  # which the kernel heeds: it saves and ends
     assert process.wait(120) == 75
     assert kept(workspace, "cpu")["steps"]["train"]["status"] == "running"
-    ended = neo(workspace, *given)  # a training of seconds finds nothing: its file cannot be proven, and that is said
+    status, out, err = here(
+        workspace, monkeypatch, capsys, *given
+    )  # a training of seconds finds nothing: its file cannot be proven, and that is said
     found = kept(workspace, "cpu")
     states = {name: step["status"] for name, step in found["steps"].items()}
-    assert states == {"train": "done", "evaluate": "done", "onnx": "failed", "benchmark": "done"}, ended.stderr
-    assert ended.returncode == 1 and "failed: ONNX in fp32; the same command tries again" in ended.stdout
+    assert states == {"train": "done", "evaluate": "done", "onnx": "failed", "benchmark": "done"}, err
+    assert status == 1 and "failed: ONNX in fp32; the same command tries again" in out
     assert "nothing was compared" in found["steps"]["onnx"]["error"] and str(workspace) not in json.dumps(found)
     assert found["at_hand"] and found["remains"] == []
     assert found["steps"]["train"]["found"]["images_per_second"] > 0
@@ -79,10 +89,10 @@ def test_a_cpu_is_measured_and_a_kill_costs_only_the_step_it_fell_in(workspace):
     assert (workspace / "reports/targets/cpu/stages.png").is_file()
 
 
-def test_for_a_card_elsewhere_files_are_built_ahead_and_nothing_is_measured(workspace):
+def test_for_a_card_elsewhere_files_are_built_ahead_and_nothing_is_measured(workspace, monkeypatch, capsys):
     given = ("report", "--target", "t4", "--data", "tiny", "--weights", "net.safetensors")
-    ended = neo(workspace, *given, "--json")
-    assert ended.returncode == 0, ended.stderr
+    status, _, err = here(workspace, monkeypatch, capsys, *given, "--json")
+    assert status == 0, err
     found, runs = kept(workspace, "t4"), sorted(p.name for p in workspace.glob("reports/0*"))
     rtx = import_builder("tensorrt_rtx") is not None
     assert list(found["steps"]) == ["onnx", "onnx_fp16", *["engine"] * rtx] and not found["at_hand"]
@@ -99,11 +109,11 @@ def test_for_a_card_elsewhere_files_are_built_ahead_and_nothing_is_measured(work
     assert row["ONNX, ms"] == "remains" and row["AP"] == "remains" and row["ONNX fp16"] == "proven"
     page = (workspace / "reports/targets/index.html").read_text()
     assert "NVIDIA T4" in page and "neo report --target t4" in page and "remains" in page
-    assert neo(workspace, *given).returncode == 0
+    assert here(workspace, monkeypatch, capsys, *given)[0] == 0
     assert sorted(p.name for p in workspace.glob("reports/0*")) == runs, "what was done is not done again"
 
 
-def test_what_cannot_be_is_refused_before_anything_starts(workspace):
+def test_what_cannot_be_is_refused_before_anything_starts(workspace, monkeypatch, capsys):
     before = sorted(workspace.glob("reports/0*"))
     shutil.copy(workspace / "net.safetensors", workspace / "net.onnx")
     for words, message in (
@@ -113,12 +123,12 @@ def test_what_cannot_be_is_refused_before_anything_starts(workspace):
         (("--target", "cpu", "--minutes", "0"), "minutes are above 0"),
         (("--target", "cpu", "--data", "tinny"), "did you mean tiny"),
     ):
-        ended = neo(workspace, "report", *words)
-        assert ended.returncode == 2 and message in ended.stderr, ended.stderr
+        status, _, err = here(workspace, monkeypatch, capsys, "report", *words)
+        assert status == 2 and message in err, err
     assert sorted(workspace.glob("reports/0*")) == before
 
 
-def test_runtimes_of_the_same_weights_find_the_same(workspace):
+def test_runtimes_of_the_same_weights_find_the_same(workspace, monkeypatch, capsys):
     words = (
         "--model",
         "rtdetr_nano",
@@ -131,9 +141,10 @@ def test_runtimes_of_the_same_weights_find_the_same(workspace):
         "transformers",
         "onnxruntime",
     )
-    ended = neo(workspace, "benchmark", "--against", "runtimes", *words, "--keep", "--json")
-    assert ended.returncode == 0, ended.stderr
-    run = Path(json.loads(ended.stdout)["run"])
+    asked = ("benchmark", "--against", "runtimes", *words, "--keep", "--json")
+    status, out, err = here(workspace, monkeypatch, capsys, *asked)
+    assert status == 0, err
+    run = Path(json.loads(out)["run"])
     [case] = json.loads((run / "runtimes.json").read_text())["cases"]
     same = case["same"]["onnxruntime"]
     assert same["same"] and same["detections"] > 100 and same["score_difference"] < 1e-3
@@ -141,9 +152,3 @@ def test_runtimes_of_the_same_weights_find_the_same(workspace):
     assert all(own["peak"] > own["before"] > 0 for own in case["memory"].values())
     assert "All find what transformers finds" in (run / "runtimes.md").read_text()
     assert (workspace / "reports/targets/cpu/runtimes.png").is_file()
-    (run / "64x96/measured.json").unlink()
-    lines = (run / "64x96/times.jsonl").read_text().splitlines(True)
-    (run / "64x96/times.jsonl").write_text("".join(lines[:2]) + lines[2][:20])  # as a kill leaves it
-    again = neo(workspace, "benchmark", "--against", "runtimes", "--resume", run.name)
-    assert again.returncode == 0 and "the bar of 0.50" in again.stdout, again.stderr
-    assert (run / "64x96/times.jsonl").read_text().splitlines(True)[:2] == lines[:2]
