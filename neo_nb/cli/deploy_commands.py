@@ -187,7 +187,7 @@ def _ratios(done: Result) -> Result:
     ]
     return Result("\n".join(lines), found, done.run)
 
-
+# %% ../../nbs/90_cli/13_deploy_commands.ipynb #a80d5c80
 def _runtimes(
     model: str,
     rounds: int | None,
@@ -215,7 +215,7 @@ def _runtimes(
 
 def _compared(done: Result) -> Result:
     "What came of the runtimes, for a shell."
-    from neo_nb.deploy.runtimes import runtime_table, runtime_verdicts
+    from neo_nb.deploy.runtime_results import runtime_table, runtime_verdicts
 
     found = json.loads((done.run / "runtimes.json").read_text())
     columns = [

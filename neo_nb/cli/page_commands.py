@@ -58,7 +58,7 @@ def report(
     pages = [write_report(folder) for folder in folders] or [index]
     return _shown(pages, open_browser, Result("", {"pages": [str(page) for page in pages]}))
 
-
+# %% ../../nbs/90_cli/08_page_commands.ipynb #abecd482
 def _shown(pages: list[Path], open_browser: bool, done: Result) -> Result:
     "Open pages, or say how to look at them."
     lines = [done.text] * bool(done.text) + [relative(page) for page in pages]

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from ..base.core import InputError, atomic_write, settings
 from ..base.page import Section, facts, figure, table, write_page
-from ..deploy.runtimes import plot_runtimes, runtime_table, runtime_verdicts
+from ..deploy.runtime_results import plot_runtimes, runtime_table, runtime_verdicts
 from ..deploy.stages import plot_stages
 from .target_report import STEPS
 from ..runs.hardware import TARGETS
@@ -132,7 +132,7 @@ def _steps(target: Mapping[str, Any]) -> Markup:
                      f"{step['seconds']:.0f}" if "seconds" in step else ""])  # fmt: skip
     return table(("step", "", "what came of it", "run", "seconds"), rows, left=4)
 
-
+# %% ../../nbs/80_recipes/10_target_page.ipynb #64bb4cba
 def _target_section(target: Mapping[str, Any]) -> Section:
     "Everything about a target."
     machine, given = target["machine"], target["settings"]
