@@ -271,7 +271,7 @@ def remains(self: TargetReport) -> list[dict[str, str]]:  # what, why
     rows = [{"what": "TensorRT engine", "why": problem}] if problem else []
     if not self.here:
         why = f"{self.target.title} is not in this machine"
-        rows += [{"what": step.missing, "why": why} for name, step in STEPS.items() if step.missing
+        rows += [{"what": step.missing, "why": why} for name, step in STEPS.items() if step.missing and not (name == "train" and self.weights)
                  and (name != "engine" or not problem)]  # fmt: skip
     return rows
 
