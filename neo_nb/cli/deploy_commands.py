@@ -143,6 +143,9 @@ def benchmark(
     "Time and memory: detectors among themselves, or our network beside another implementation."
     check_device(device)
     if against == "runtimes":
+        if device not in ("auto", "cpu") or precision not in ("auto", "fp32"):
+            what = f"runtimes are compared on the CPU in fp32, not on {device} in {precision}"
+            raise InputError(what, "--against runtimes", "leave --device and --precision out")
         return _runtimes(model, rounds, sizes, runtimes, minutes, keep, resume)
     if against is not None:
         from neo_nb.runs.run import new_run

@@ -45,6 +45,8 @@ def report(
     if target is not None:
         done = _target(target, run, data, model, minutes, weights, fresh)
         return _shown([Path(done.data["page"])], open_browser, done)
+    if data or weights or fresh:
+        raise InputError("--data, --weights and --fresh are for a target", "neo report", "add --target NAME")
     folders = [open_run(name).absolute() for name in run]
     for folder in folders:
         if not (folder / "run.json").is_file():
