@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable] = {
     "export_int8": deploy_commands.export,
     "benchmark": deploy_commands.benchmark,
     "benchmark_transformers": deploy_commands.benchmark,
+    "benchmark_runtimes": deploy_commands.benchmark,
     "errors": review_commands.errors,
     "compare_runs": review_commands.compare,
     "mine": recipe_commands.mine,
@@ -45,7 +46,7 @@ def literal(value: Any) -> str:
 
 def as_variable(comment: str) -> str:
     "The comment of a flag as that of a variable: no dashes, and None where nothing was given."
-    comment = re.sub(r"^With --against: ", "", comment).replace("--", "")
+    comment = re.sub(r"^With --against( \w+)?: ", "", comment).replace("--", "")
     comment = re.sub(r"; (.*) when not given$", r"; None: \1", comment)
     capital = comment[1:2].isupper() or comment.startswith(("COCO", "ONNX"))
     return comment if capital else comment[0].lower() + comment[1:]

@@ -58,7 +58,7 @@ A workspace of neo_nb, made by `neo init`. Any folder inside it will do for thes
 `data_manifests/` describes data sets, `reports/` holds runs and curves, `settings.ini` says where both are.
 """
 
-IGNORED = "data/\nreports/*\n!reports/kept/\n.ipynb_checkpoints/\n"
+IGNORED = "data/\nreports/*\n!reports/kept/\n!reports/targets/\nreports/targets/*.html\n.ipynb_checkpoints/\n"
 
 # %% ../../nbs/00_base/14_workspace.ipynb #a307b577
 def _contents(folder: Path) -> dict[Path, str]:  # Path in the workspace → text

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ..base.core import InputError, check_choice
 from ..base.devices import Precision, check_device
 from ..base.extras import require
-from .commands import Result, data_of, find_detector, run_about, run_notebook
+from .commands import Result, data_of, find_detector, go_on, run_about, run_notebook
 
 FilePrecision = Literal["auto", "fp32", "fp16", "bf16", "int8"]
 AnyRule = Literal["auto", "minmax", "percentile", "mse", "entropy"]
@@ -159,9 +159,14 @@ def _check_kind(to: str, precision: str, given: dict[str, Any]) -> None:
 # %% ../../nbs/90_cli/13_deploy_commands.ipynb #5ecc4d65
 def benchmark(
     detectors: tuple[str, ...],  # Runs and files to time against each other
-    against: Literal["transformers"] | None = None,  # Our RT-DETR beside theirs, on the same weights
+    against: Literal["transformers", "runtimes"] | None = None,  # Ours beside theirs, or in every runtime of the CPU
     model: str = "rtdetrv2_r18",  # With --against: the variant
-    rounds: int | None = None,  # Times that each competitor is called; 30, or 7 with --against, when not given
+    rounds: int | None = None,  # Times that each competitor is called; 7 against transformers, else 30 when not given
+    sizes: tuple[tuple[int, int], ...] = ((640, 640), (1088, 1920)),  # With --against: (height, width) of the input
+    runtimes: tuple[str, ...] = (),  # With --against runtimes: some of them; all when none is given
+    minutes: float = 10.0,  # With --against runtimes: for everything, at most; three rounds are done in any case
+    keep: bool = False,  # With --against runtimes: put the figures into reports/targets/cpu too
+    resume: str | None = None,  # With --against runtimes: a run of it to go on with
     batches: tuple[int, ...] = (1, 4),  # Images at once
     clients: tuple[int, ...] = (1, 2, 4, 8),  # That ask at the same time
     photo: tuple[int, int] = (1080, 1920),  # (height, width) of the camera's image
@@ -171,18 +176,18 @@ def benchmark(
 ) -> Result:
     "Time and memory: detectors among themselves, or our network beside another implementation."
     check_device(device)
+    if against == "runtimes":
+        if device not in ("auto", "cpu") or precision not in ("auto", "fp32"):
+            what = f"runtimes are compared on the CPU in fp32, not on {device} in {precision}"
+            raise InputError(what, "--against runtimes", "leave --device and --precision out")
+        return _runtimes(model, rounds, sizes, runtimes, minutes, keep, resume)
     if against is not None:
         from neo_nb.runs.run import new_run
 
         run = new_run(data=against, model=model, kind="benchmark")
         asked = {"model": model, "rounds": rounds or 7, "compiled": compiled, "device": device, "precision": precision}
-        done = run_notebook("benchmark_transformers", run, asked)
-        found = json.loads((run / "benchmark.json").read_text())
-        lines = [
-            f"{r['ratio']:6.2f}  {r['what']}, {r['competitor']}, {r['input']}, batch {r['batch']}"
-            for r in found["ratios"]
-        ]
-        return Result("\n".join(lines), found, done.run)
+        done = run_notebook("benchmark_transformers", run, asked | {"sizes": sizes})
+        return _ratios(done)
     if not detectors:
         raise InputError("nothing to time", "neo benchmark", "give runs or files, or --against transformers")
     if min((1 if rounds is None else rounds, *batches, *clients, 1)) < 1 or not (batches and clients):
@@ -209,3 +214,59 @@ def _timed(done: Result) -> Result:
     best = rates.loc[rates.groupby("detector")["images_per_s"].idxmax()]
     lines = [f"{r.detector}: {r.images_per_s:.1f} images/s with {r.clients} clients" for r in best.itertuples()]
     return Result("\n".join([f"{wide.round(1).to_string()}  (ms per call)", *lines]), found, done.run)
+
+# %% ../../nbs/90_cli/13_deploy_commands.ipynb #1d2908fe
+def _ratios(done: Result) -> Result:
+    "The ratios to transformers, for a shell."
+    found = json.loads((done.run / "benchmark.json").read_text())
+    lines = [
+        f"{r['ratio']:6.2f}  {r['what']}, {r['competitor']}, {r['input']}, batch {r['batch']}" for r in found["ratios"]
+    ]
+    return Result("\n".join(lines), found, done.run)
+
+# %% ../../nbs/90_cli/13_deploy_commands.ipynb #a80d5c80
+def _runtimes(
+    model: str,
+    rounds: int | None,
+    sizes: tuple[tuple[int, int], ...],
+    runtimes: tuple[str, ...],
+    minutes: float,
+    keep: bool,
+    resume: str | None,
+) -> Result:
+    "One set of weights in every runtime; what can be wrong with it is said before anything is made."
+    from neo_nb.deploy.runtimes import RUNTIMES
+    from neo_nb.runs.run import new_run
+
+    require("onnx", "onnxscript")
+    if resume:
+        return _compared(go_on("benchmark_runtimes", resume))
+    for name in runtimes:
+        check_choice(name, RUNTIMES, "runtime")
+    if not sizes or min((rounds or 30, *(side for size in sizes for side in size))) < 1 or minutes <= 0:
+        raise InputError("rounds, sizes and minutes are above 0", "neo benchmark")
+    run = new_run(data="runtimes", model=model, kind="benchmark")
+    asked = {"model": model, "rounds": rounds or 30, "sizes": sizes, "runtimes": runtimes, "minutes": minutes}
+    return _compared(run_notebook("benchmark_runtimes", run, asked | {"keep": keep}))
+
+
+def _compared(done: Result) -> Result:
+    "What came of the runtimes, for a shell."
+    from neo_nb.deploy.runtime_results import runtime_table, runtime_verdicts
+
+    found = json.loads((done.run / "runtimes.json").read_text())
+    columns = [
+        "runtime",
+        "whole p50",
+        "whole p99",
+        "inference p50",
+        "whole ratio",
+        "inference ratio",
+        "peak MiB",
+        "same",
+    ]
+    parts = []
+    for case in found["cases"]:
+        table = runtime_table(case)[columns].round(2).to_string(index=False)
+        parts.append("\n".join([f"{case['size'][0]} x {case['size'][1]}", table, "", *runtime_verdicts(case)]))
+    return Result("\n\n".join(parts), found, done.run)

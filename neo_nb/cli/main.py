@@ -75,14 +75,11 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "edge": (edge, "RTMDet from a training in float to INT8 files: TFLite and ONNX, compared on the same images"),
     "logo": (logo, "the recipe for tiny objects: larger input, tiles, mining, and what each is worth"),
     "tune": (tune, "settings that suit your images: short trainings, the best on a page"),
-    "export": (
-        export,
-        "an ONNX or TFLite file, a torch package or a TensorRT engine, proven to find what the model finds",
-    ),
-    "benchmark": (benchmark, "from a JPEG to boxes, stage by stage; --against transformers, on the same weights"),
+    "export": (export, "an ONNX or TFLite file, a torch package or an engine, proven to find what the model finds"),
+    "benchmark": (benchmark, "from a JPEG to boxes, stage by stage; --against transformers, or other runtimes"),
     "errors": (errors, "what went wrong, in FiftyOne; --serve opens the App, --pull brings back your tags"),
     "compare": (compare, "two runs on the same images: is one better, and where"),
-    "report": (report, "the page of a run in a browser; without a run, the page of all runs"),
+    "report": (report, "the page of a run, or of all runs, in a browser; --target NAME: what a machine can do"),
     "predict": (predict, "images or a video with boxes, and the boxes as JSON, COCO, YOLO or CSV; --track"),
     "label": (label, "labels by a detector for images without any: a manifest with scores"),
     "review": (review, "a model's labels in FiftyOne; --serve opens the App, --pull brings back corrections"),
@@ -93,7 +90,7 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "lab": (lab, "JupyterLab on the explore notebook"),
 }
 
-
+# %% ../../nbs/90_cli/20_main.ipynb #99344fd0
 def overview() -> str:
     "What `neo --help` prints."
     width = max(map(len, COMMANDS))

@@ -11,19 +11,42 @@ __all__ = ['report']
 import os
 from pathlib import Path
 
-from ..base.core import InputError, settings
-from .commands import Result, has_display, relative, ssh_line
+from ..base.core import InputError, check_choice, settings
+from ..base.extras import require
+from neo_nb.cli.commands import (
+    TRAINING,
+    Result,
+    about_detector,
+    check_data,
+    data_of,
+    find_detector,
+    has_display,
+    relative,
+    ssh_line,
+)
 
 # %% ../../nbs/90_cli/08_page_commands.ipynb #ed027152
 def report(
     run: tuple[str, ...],  # Runs: path, name or number; all of them on one page when none is given
     open_browser: bool = True,  # Open a browser's tab, where there is a screen
+    target: str
+    | None = None,  # A machine: measure it, or build ahead for it: auto, cpu, t4, rtx4000_ada, jetson_thor, …
+    data: str | None = None,  # With --target: the data set; that of the weights, or scenes, when not given
+    model: str = "rtdetr_nano",  # With --target: of the training
+    minutes: float = 5.0,  # With --target: of the training
+    weights: str | None = None,  # With --target: a run or a .safetensors in place of the training
+    fresh: bool = False,  # With --target: do everything again
 ) -> Result:
-    "The page of a run, or of all runs."
+    "The page of a run, or of all runs; or what a machine can do."
     from neo_nb.runs.index import write_index
     from neo_nb.runs.report import write_report
     from neo_nb.runs.run import open_run
 
+    if target is not None:
+        done = _target(target, run, data, model, minutes, weights, fresh)
+        return _shown([Path(done.data["page"])], open_browser, done)
+    if data or weights or fresh:
+        raise InputError("--data, --weights and --fresh are for a target", "neo report", "add --target NAME")
     folders = [open_run(name).absolute() for name in run]
     for folder in folders:
         if not (folder / "run.json").is_file():
@@ -35,7 +58,12 @@ def report(
         raise InputError("there are no runs yet", reports, "neo demo makes the first one")
     index = write_index(reports) if reports.is_dir() else None
     pages = [write_report(folder) for folder in folders] or [index]
-    lines = [relative(page) for page in pages]
+    return _shown(pages, open_browser, Result("", {"pages": [str(page) for page in pages]}))
+
+# %% ../../nbs/90_cli/08_page_commands.ipynb #abecd482
+def _shown(pages: list[Path], open_browser: bool, done: Result) -> Result:
+    "Open pages, or say how to look at them."
+    lines = [done.text] * bool(done.text) + [relative(page) for page in pages]
     if has_display() and open_browser:
         import webbrowser
 
@@ -43,7 +71,7 @@ def report(
             webbrowser.open(page.as_uri())
     elif not has_display():
         lines += ["", *_elsewhere(pages)]
-    return Result("\n".join(lines), {"pages": [str(page) for page in pages]})
+    return Result("\n".join(lines), done.data, status=done.status)
 
 
 def _elsewhere(pages: list[Path], port: int = 8000) -> list[str]:
@@ -58,3 +86,44 @@ def _elsewhere(pages: list[Path], port: int = 8000) -> list[str]:
         f"  there: {ssh_line(port)}",
         *(f"  open:  {address}" for address in addresses),
     ]
+
+# %% ../../nbs/90_cli/08_page_commands.ipynb #0692993f
+def _target(
+    target: str,
+    run: tuple[str, ...],
+    data: str | None,
+    model: str,
+    minutes: float,
+    weights: str | None,
+    fresh: bool,
+) -> Result:
+    "What a machine can do: measured, built ahead, and what remains."
+    from neo_nb.models.zoo import check_model
+    from neo_nb.recipes.target_page import compare_targets, read_targets, write_targets
+    from neo_nb.recipes.target_report import make_target
+    from neo_nb.runs.hardware import list_targets
+
+    check_choice(target, list_targets(), "target")
+    if run:
+        raise InputError(f"a page of {run[0]} and a report of {target} are two things", "neo report", "ask for one")
+    if minutes <= 0:
+        raise InputError(f"minutes are above 0, found {minutes:g}", "--minutes")
+    require(*TRAINING, "onnx", "onnxscript")
+    check_model(model)
+    path = find_detector(weights) if weights else None
+    if path is not None and path.suffix in (".onnx", ".tflite", ".engine"):
+        raise InputError("a file that only runs", path, "give the weights that it was made of: it is exported anew")
+    data = data_of(path, data, "val") if path else check_data(data or "scenes", "train", "val")
+    if data is None:
+        raise InputError("the weights do not say which data they were trained on", path, "add --data")
+    known = about_detector(path).get("config", {}).get("model") or path.stem if path else model
+    report = make_target(target, data, known, minutes, path, fresh, lambda _: write_targets())
+    page = write_targets()
+    found = read_targets()
+    own = next(row for row in found if row["target"] == report.target.name)
+    failed = [row["title"] for row in own["steps"].values() if row["status"] != "done"]
+    lines = [compare_targets(found).to_string(index=False), ""]
+    lines += [f"remains: {row['what']} ({row['why']})" for row in own["remains"]]
+    lines += [f"on that machine: {own['command']}"] if own["remains"] else []
+    lines += [f"failed: {', '.join(failed)}; the same command tries again"] if failed else []
+    return Result("\n".join(lines) + "\n", own | {"page": str(page.absolute())}, status=int(bool(failed)))

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..base.annotations import Annotations
-from ..base.core import InputError
+from ..base.core import InputError, check_choice
 from ..base.detections import Detections, concat
 from ..base.devices import autocast, count_cores, resolve_device, resolve_precision
 from ..base.geometry import check_size, turn_to
@@ -321,6 +321,7 @@ def in_steps(
 # %% ../../nbs/65_deploy/00_detector.ipynb #62954df3
 _RUNTIMES = {  # Built upon what stands here
     "onnx": ("onnx_detector", "OnnxDetector"),
+    "openvino": ("openvino_detector", "OpenVinoDetector"),
     "tflite": ("tflite_detector", "TFLiteDetector"),
     "tensorrt": ("tensorrt_detector", "TensorRTDetector"),
     "package": ("torch_package", "PackageDetector"),
@@ -334,9 +335,15 @@ def load_detector(
     device: torch.device | str = "cpu",  # auto, cpu, cuda or cuda:N
     size: tuple[int, int] | None = None,  # (height, width) for a checkpoint; the one it was trained at when None
     precision: str = "fp32",  # auto, fp32, fp16 or bf16; a file that only runs has its own
+    runtime: str | None = None,  # Of an ONNX file: onnxruntime or openvino; the first when None
 ) -> Detector:
     "Open whatever detects. Raises `InputError` when it cannot be."
     kind, file = resolve_weights(find_detector(path))
+    if runtime is not None:
+        check_choice(runtime, ("onnxruntime", "openvino"), "runtime")
+        if kind != "onnx":
+            raise InputError(f"{runtime} runs ONNX files, this is {kind}", file, "neo export writes one")
+        kind = "openvino" if runtime == "openvino" else kind
     if kind in _RUNTIMES:
         module, name = _RUNTIMES[kind]
         detector = getattr(import_module(f"neo_nb.deploy.{module}"), name)(file, device, precision)

@@ -74,7 +74,9 @@ def record(
     return known
 
 # %% ../../nbs/70_runs/02_run.ipynb #f9dc9924
-_PACKAGES = ("neo_nb torch torchvision timm accelerate albumentations numpy onnx onnxruntime").split()
+_PACKAGES = (
+    "neo_nb torch torchvision timm accelerate albumentations numpy onnx onnxruntime openvino transformers"
+).split()
 
 
 def describe_code(root: str | Path | None = None) -> dict:  # commit, dirty; both None for an installed package

@@ -7,7 +7,7 @@ Each of these commands leaves a JSON in its folder; the page of the run begins w
 # %% auto #0
 __all__ = ['SECTIONS', 'read_json', 'export_section', 'comparison_section', 'errors_section', 'mining_section',
            'predictions_section', 'engine_section', 'video_section', 'stages_section', 'int8_section', 'label_section',
-           'command_sections']
+           'runtimes_section', 'command_sections']
 
 # %% ../../nbs/70_runs/05_sections.ipynb #90838d27
 import json
@@ -215,10 +215,42 @@ def label_section(run: Path, found: dict[str, Any]) -> Section:
             Markup("<h3>Before a training</h3><pre>{}</pre>").format(use)]  # fmt: skip
     return Section("Labels by a model", Markup("").join(body), f"{name}: nobody has reviewed them yet")
 
+# %% ../../nbs/70_runs/05_sections.ipynb #a1758bea
+def runtimes_section(run: Path, found: dict[str, Any]) -> Section:
+    "One set of weights in every runtime: whether all find the same, times, memory, where the time goes."
+    from neo_nb.deploy.runtime_results import plot_runtimes, runtime_table, runtime_verdicts
+    from neo_nb.deploy.runtimes import RUNTIMES
+
+    parts = [figure(plot_runtimes(found["cases"]), "runtimes")]
+    for case in found["cases"]:
+        rows = runtime_table(case)
+        body = [[row["runtime"], *(f"{row[n]:.0f}" for n in ("whole p50", "whole p99", "inference p50", "inference p99")),
+                 *(Markup("{:.2f} <small>{:.2f}–{:.2f}</small>").format(row[f"{n} ratio"], row[f"{n} from"], row[f"{n} to"])
+                   for n in ("whole", "inference")), f"{row['peak MiB']:.0f}", row["same"]] for _, row in rows.iterrows()]  # fmt: skip
+        head = (
+            "runtime",
+            "whole, ms",
+            "p99",
+            "inference, ms",
+            "p99",
+            "whole, ratio",
+            "inference, ratio",
+            "peak, MiB",
+            "same detections",
+        )
+        parts += [Markup("<h3>{} x {}</h3>").format(*case["size"]), table(head, body)]
+        parts += [Markup("<p>{}</p>").format(line) for line in runtime_verdicts(case)]
+        for name in (name for name in ("deployed", "onnxruntime", "openvino") if name in case["profiles"]):
+            top = ", ".join(f"{r['operator']} {r['share']:.0%}" for r in case["profiles"][name][:5])
+            parts.append(Markup('<p class="note rest">{}: {}</p>').format(RUNTIMES[name].title, top))
+    note = f"{found['about']['machine']}, {found['about']['date']}; {found['about']['what']}"
+    return Section(f"{found['cases'][0]['model']} in every runtime", Markup("").join(parts), note)
+
 # %% ../../nbs/70_runs/05_sections.ipynb #ff735444
 SECTIONS = {  # What a command leaves → its section; in the order of the page
     "video.json": video_section,
     "stages.json": stages_section,
+    "runtimes.json": runtimes_section,
     "comparison.json": comparison_section,
     "errors.json": errors_section,
     "mine.json": mining_section,
