@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -22,9 +22,8 @@ from numpy.typing import ArrayLike
 
 from .boxes import box_area
 from .core import InputError, atomic_write
-
-if TYPE_CHECKING:
-    pass
+from .keypoints import Skeleton, check_keypoints, concat_keypoints
+from .masks import Masks, concat_masks, take_masks
 
 # %% ../../nbs/00_base/06_annotations.ipynb #be7ec7b8
 @dataclass(frozen=True, eq=False)
@@ -49,29 +48,44 @@ class Annotations:
     lines: ArrayLike | None = None
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     weights: ArrayLike | None = None
+    masks: Masks | None = None
+    keypoints: ArrayLike | None = None
+    skeleton: Skeleton | None = None  # Of `keypoints`; points without names when not given
+    semantic_files: ArrayLike | None = None
 
     def __post_init__(self):
         n, m = len(self.image_ids), len(self.boxes_xyxy)
-        given = {
-            "image_ids": _ids(self.image_ids),
-            "file_names": np.asarray(self.file_names, dtype=str),
-            "sizes": _typed(self.sizes, np.int32).reshape(n, 2),
-            "offsets": _typed(self.offsets, np.int64),
-            "boxes_xyxy": _typed(self.boxes_xyxy, np.float32).reshape(m, 4),
-            "labels": _typed(self.labels, np.int32),
-            "tags": np.zeros(n, "U1") if self.tags is None else np.asarray(self.tags, dtype=str),
-            "weights": np.ones(n, np.float32) if self.weights is None else _typed(self.weights, np.float32),
-            "iscrowd": np.zeros(m, bool) if self.iscrowd is None else _typed(self.iscrowd, bool),
-            "box_ids": np.arange(1, m + 1) if self.box_ids is None else _typed(self.box_ids, np.int64),
-            "lines": np.zeros(m, np.int32) if self.lines is None else _typed(self.lines, np.int32),
-            "class_names": tuple(self.class_names),
-            "category_ids": tuple(map(int, self.category_ids)) or tuple(range(1, len(self.class_names) + 1)),
-        }
-        given |= {"root": Path(self.root), "extras": dict(self.extras)}
-        given["areas"] = _typed(box_area(given["boxes_xyxy"]) if self.areas is None else self.areas, np.float32)
-        for key, value in given.items():
+        for key, value in self._typed_columns(n, m).items():
             object.__setattr__(self, key, value)
         self._validate(n, m)
+
+# %% ../../nbs/00_base/06_annotations.ipynb #fd279369
+@patch
+def _typed_columns(self: Annotations, n: int, m: int) -> dict[str, Any]:
+    "Numpy arrays whatever was given; what was not given as its default."
+    given = {
+        "image_ids": _ids(self.image_ids),
+        "file_names": np.asarray(self.file_names, dtype=str),
+        "sizes": _typed(self.sizes, np.int32).reshape(n, 2),
+        "offsets": _typed(self.offsets, np.int64),
+        "boxes_xyxy": _typed(self.boxes_xyxy, np.float32).reshape(m, 4),
+        "labels": _typed(self.labels, np.int32),
+        "tags": np.zeros(n, "U1") if self.tags is None else np.asarray(self.tags, dtype=str),
+        "weights": np.ones(n, np.float32) if self.weights is None else _typed(self.weights, np.float32),
+        "iscrowd": np.zeros(m, bool) if self.iscrowd is None else _typed(self.iscrowd, bool),
+        "box_ids": np.arange(1, m + 1) if self.box_ids is None else _typed(self.box_ids, np.int64),
+        "lines": np.zeros(m, np.int32) if self.lines is None else _typed(self.lines, np.int32),
+        "class_names": tuple(self.class_names),
+        "category_ids": tuple(map(int, self.category_ids)) or tuple(range(1, len(self.class_names) + 1)),
+    }
+    given |= {"root": Path(self.root), "extras": dict(self.extras)}
+    given["areas"] = _typed(box_area(given["boxes_xyxy"]) if self.areas is None else self.areas, np.float32)
+    if self.keypoints is not None:
+        where = self.source or self.name or None
+        given["keypoints"], given["skeleton"] = check_keypoints(self.keypoints, m, self.skeleton, where)
+    if self.semantic_files is not None:
+        given["semantic_files"] = np.asarray(self.semantic_files, dtype=str)
+    return given
 
 # %% ../../nbs/00_base/06_annotations.ipynb #d9120a93
 def _ids(values: ArrayLike) -> np.ndarray:
@@ -79,38 +93,52 @@ def _ids(values: ArrayLike) -> np.ndarray:
     ids = np.asarray(values)
     return ids if ids.dtype.kind == "U" else _typed(ids, np.int64)
 
-
+# %% ../../nbs/00_base/06_annotations.ipynb #81e201d5
 def _typed(values: Any, dtype) -> np.ndarray:
     "An array of that type, without a copy where it is one already (a memory map stays a memory map)."
     return values if isinstance(values, np.ndarray) and values.dtype == dtype else np.asarray(values, dtype=dtype)
+
+# %% ../../nbs/00_base/06_annotations.ipynb #c139ea7d
+@patch(as_prop=True)
+def more_per_image(self: Annotations) -> tuple[str, ...]:
+    "Columns by image that this table has beside the usual ones."
+    return ("semantic_files",) if self.semantic_files is not None else ()
+
+# %% ../../nbs/00_base/06_annotations.ipynb #777ec49e
+@patch(as_prop=True)
+def more_per_box(self: Annotations) -> tuple[str, ...]:
+    "Columns by box that this table has beside the usual ones."
+    return tuple(key for key in ("masks", "keypoints") if getattr(self, key) is not None)
 
 # %% ../../nbs/00_base/06_annotations.ipynb #72a11212
 def _expect(truth: bool, message: str, table: Annotations) -> None:
     if not truth:
         raise InputError(message, table.source or table.name or None)
 
-
+# %% ../../nbs/00_base/06_annotations.ipynb #f72b9b4c
 @patch
 def _validate(self: Annotations, n: int, m: int) -> None:
     "The columns must fit each other; that the *values* make sense is for `data.validate` to say."
-    for key in ("file_names", "tags", "weights"):
+    whole = len(self.offsets) == n + 1 and self.offsets[0] == 0 and self.offsets[-1] == m
+    _expect(whole and bool((np.diff(self.offsets) >= 0).all()), f"offsets do not divide {m} boxes by {n} images", self)
+    for key in ("file_names", "tags", "weights", *self.more_per_image):
         _expect(len(getattr(self, key)) == n, f"{key} has {len(getattr(self, key))} rows for {n} images", self)
-    for key in ("labels", "iscrowd", "areas", "box_ids", "lines"):
+    for key in ("labels", "iscrowd", "areas", "box_ids", "lines", *self.more_per_box):
         _expect(len(getattr(self, key)) == m, f"{key} has {len(getattr(self, key))} rows for {m} boxes", self)
     for key, column in self.extras.items():
         _expect(len(column) == m, f"extras[{key!r}] has {len(column)} rows for {m} boxes", self)
-    whole = len(self.offsets) == n + 1 and self.offsets[0] == 0 and self.offsets[-1] == m
-    _expect(whole and bool((np.diff(self.offsets) >= 0).all()), f"offsets do not divide {m} boxes by {n} images", self)
+    if self.masks is not None:
+        fit = (self.masks.sizes == np.repeat(self.sizes, np.diff(self.offsets), axis=0)).all()
+        _expect(bool(fit), "a mask is of another size than its image", self)
     _expect(len(self.category_ids) == len(self.class_names), "class_names and category_ids differ in length", self)
     sound = bool((np.isfinite(self.weights) & (self.weights >= 0)).all())
     _expect(sound, "the weight of an image is a number, 0 or more", self)
     bad = (self.labels < 0) | (self.labels >= len(self.class_names))
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        raise InputError(
-            f"label {self.labels[row]} of image {self.image_ids[self.image_index[row]]} is none of the "
-            f"{len(self.class_names)} classes",
-            self.source or self.name or None,
+        image = self.image_ids[self.image_index[row]]
+        _expect(
+            False, f"label {self.labels[row]} of image {image} is none of the {len(self.class_names)} classes", self
         )
 
 # %% ../../nbs/00_base/06_annotations.ipynb #7f08593d
@@ -119,13 +147,13 @@ def image_index(self: Annotations) -> np.ndarray:  # m, int64
     "For each box, the row of its image."
     return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
-
+# %% ../../nbs/00_base/06_annotations.ipynb #caba40a8
 @patch
 def __len__(self: Annotations) -> int:
     "The number of images."
     return len(self.image_ids)
 
-
+# %% ../../nbs/00_base/06_annotations.ipynb #c3890edb
 @patch
 def __repr__(self: Annotations) -> str:
     boxes = len(self.boxes_xyxy)
@@ -136,7 +164,7 @@ def __repr__(self: Annotations) -> str:
 PER_IMAGE = ("image_ids", "file_names", "sizes", "tags", "weights")
 PER_BOX = ("boxes_xyxy", "labels", "iscrowd", "areas", "box_ids", "lines")
 
-
+# %% ../../nbs/00_base/06_annotations.ipynb #e50c91a1
 @dataclass(frozen=True, eq=False)
 class ImageAnnotations:
     "The rows of one image: views into the table, no copies."
@@ -149,8 +177,11 @@ class ImageAnnotations:
     iscrowd: np.ndarray  # k, bool
     areas: np.ndarray  # k, float32
     lines: np.ndarray  # k, int32
+    masks: Masks | None = None
+    keypoints: np.ndarray | None = None  # k points 3, float32, pixels
+    semantic_file: Path | None = None  # A PNG of classes
 
-
+# %% ../../nbs/00_base/06_annotations.ipynb #0924eb01
 @patch
 def __getitem__(
     self: Annotations,
@@ -162,7 +193,10 @@ def __getitem__(
     index = range(len(self))[index]
     s = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
     h, w = self.sizes[index]
-    rows = {key: getattr(self, key)[s] for key in ("boxes_xyxy", "labels", "iscrowd", "areas", "lines")}
+    keys = ("boxes_xyxy", "labels", "iscrowd", "areas", "lines", *self.more_per_box)
+    rows = {key: getattr(self, key)[s] for key in keys}
+    if self.semantic_files is not None and self.semantic_files[index]:
+        rows["semantic_file"] = self.root / str(self.semantic_files[index])
     image_id = self.image_ids[index].item()
     return ImageAnnotations(image_id, self.root / str(self.file_names[index]), (int(h), int(w)), **rows)
 
@@ -179,11 +213,11 @@ def select(
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     # the rows of the chosen images, one after the other: a running number plus where each image's block begins
     boxes = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][images] - offsets[:-1], counts)
-    columns = {key: getattr(self, key)[images] for key in PER_IMAGE}
-    columns |= {key: getattr(self, key)[boxes] for key in PER_BOX}
+    columns = {key: getattr(self, key)[images] for key in (*PER_IMAGE, *self.more_per_image)}
+    columns |= {key: getattr(self, key)[boxes] for key in (*PER_BOX, *self.more_per_box)}
     return replace(self, offsets=offsets, extras={k: v[boxes] for k, v in self.extras.items()}, **columns)
 
-
+# %% ../../nbs/00_base/06_annotations.ipynb #b9fba667
 @patch
 def select_boxes(
     self: Annotations,
@@ -191,7 +225,7 @@ def select_boxes(
 ) -> Annotations:
     "The same images with some of their boxes."
     counts = np.bincount(self.image_index[keep], minlength=len(self))
-    columns = {key: getattr(self, key)[keep] for key in PER_BOX}
+    columns = {key: getattr(self, key)[keep] for key in (*PER_BOX, *self.more_per_box)}
     extras = {key: value[keep] for key, value in self.extras.items()}
     return replace(self, offsets=np.concatenate([[0], np.cumsum(counts)]), extras=extras, **columns)
 
@@ -215,9 +249,25 @@ def concat(
         columns["file_names"] = np.array([str((t.root / f).absolute()) for t in tables for f in t.file_names])
     starts = np.cumsum([0] + [len(t.boxes_xyxy) for t in tables])
     columns["offsets"] = np.concatenate([[0]] + [t.offsets[1:] + start for t, start in zip(tables, starts)])
+    columns |= _concat_more(tables, any(t.root != first.root for t in tables))
     shared = set.intersection(*(set(t.extras) for t in tables))
     extras = {key: np.concatenate([t.extras[key] for t in tables]) for key in sorted(shared)}
     return replace(first, name=name or first.name, extras=extras, **columns)
+
+# %% ../../nbs/00_base/06_annotations.ipynb #866d4a07
+def _concat_more(tables: Sequence[Annotations], far: bool) -> dict[str, Any]:
+    "Masks, keypoints and maps of several tables; a table without them has objects without them."
+    columns: dict[str, Any] = {}
+    if any(t.masks is not None for t in tables):
+        sizes = [np.repeat(t.sizes, np.diff(t.offsets), axis=0) for t in tables]
+        masks = [Masks.empty(len(s), s) if t.masks is None else t.masks for t, s in zip(tables, sizes)]
+        columns["masks"] = concat_masks(masks)
+    points = ([getattr(t, key) for t in tables] for key in ("keypoints", "skeleton"))
+    columns["keypoints"], columns["skeleton"] = concat_keypoints(*points, [len(t.labels) for t in tables])
+    if any(t.semantic_files is not None for t in tables):
+        files = [(t, f) for t in tables for f in ([""] * len(t) if t.semantic_files is None else t.semantic_files)]
+        columns["semantic_files"] = [f and (str((t.root / f).absolute()) if far else f) for t, f in files]
+    return columns
 
 # %% ../../nbs/00_base/06_annotations.ipynb #6488ee36
 def save_annotations(
@@ -226,18 +276,21 @@ def save_annotations(
 ) -> None:
     "Write the columns, then the record that makes them a table."
     folder = Path(folder)
-    columns = {key: getattr(table, key) for key in (*PER_IMAGE, *PER_BOX, "offsets")}
+    more = [key for key in (*table.more_per_image, *table.more_per_box) if key != "masks"]
+    columns = {key: getattr(table, key) for key in (*PER_IMAGE, *PER_BOX, "offsets", *more)}
+    columns |= table.masks.columns() if table.masks is not None else {}
     columns |= {f"extra_{key}": value for key, value in table.extras.items() if value.dtype != object}
     for key, column in columns.items():
         with atomic_write(folder / f"{key}.npy") as path:
             np.save(path, column)
     record = {"class_names": table.class_names, "category_ids": table.category_ids}
     record |= {"name": table.name, "source": table.source, "root": str(table.root), "columns": sorted(columns)}
+    record |= {"skeleton": table.skeleton and table.skeleton.to_dict()}
     objects = {key: value.tolist() for key, value in table.extras.items() if value.dtype == object}
     with atomic_write(folder / "table.json") as path:
         path.write_text(json.dumps(record | {"objects": objects}))
 
-
+# %% ../../nbs/00_base/06_annotations.ipynb #801c0c4b
 def load_annotations(
     folder: str | Path,  # What `save_annotations` wrote
 ) -> Annotations:
@@ -249,6 +302,8 @@ def load_annotations(
     except (OSError, ValueError) as error:
         raise InputError(f"not a saved table ({error})", folder) from error
     extras = {key[6:]: columns.pop(key) for key in list(columns) if key.startswith("extra_")}
+    columns["masks"] = take_masks(columns)
+    record["skeleton"] = Skeleton(**record["skeleton"]) if record.get("skeleton") else None
     for key, values in record.pop("objects").items():
         extras[key] = np.empty(len(values), object)
         extras[key][:] = values
@@ -265,4 +320,11 @@ def fingerprint(
     weighted = ("weights",) if (table.weights != 1).any() else ()
     for key in ("sizes", "offsets", "boxes_xyxy", "labels", "iscrowd", *weighted):
         digest.update(np.ascontiguousarray(getattr(table, key)).tobytes())
+    if table.masks is not None:
+        for column in table.masks.columns().values():
+            digest.update(np.ascontiguousarray(column).tobytes())
+    if table.keypoints is not None:
+        digest.update(json.dumps(table.skeleton.names).encode() + np.ascontiguousarray(table.keypoints).tobytes())
+    if table.semantic_files is not None:
+        digest.update("\n".join(table.semantic_files.tolist()).encode())
     return digest.hexdigest()[:16]

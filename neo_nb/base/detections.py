@@ -23,6 +23,8 @@ from numpy.typing import ArrayLike
 from .annotations import Annotations
 from .boxes import xywh_to_xyxy, xyxy_to_xywh
 from .core import InputError, atomic_write, check_choice
+from .keypoints import Skeleton, check_keypoints
+from .masks import Masks, concat_masks, shortest, take_masks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +43,9 @@ class Detections:
     class_names: Sequence[str]
     category_ids: Sequence[int] = ()  # The data set's own id of each class; empty when nobody said: then 1, 2, …
     images: Sequence[Any] = ()  # Where each image is: `name`, `size`, `read()`; empty when nobody said
+    masks: Masks | None = None  # Of m objects, in pixels of the original image
+    keypoints: ArrayLike | None = None  # m k 3, float32: x, y in pixels of the original image, score 0..1
+    skeleton: Skeleton | None = None  # What the keypoints are
 
     def __post_init__(self):
         columns = {
@@ -49,6 +54,12 @@ class Detections:
             "scores": np.asarray(self.scores, np.float32),
             "labels": np.asarray(self.labels, np.int32),
         }
+        if self.keypoints is not None:
+            points = check_keypoints(self.keypoints, len(columns["scores"]), self.skeleton, "detections", scored=True)
+            columns["keypoints"] = points[0]
+            object.__setattr__(self, "skeleton", points[1])
+        if self.masks is not None:
+            columns["masks"] = self.masks
         lengths = {key: len(column) for key, column in columns.items()}
         if len(set(lengths.values())) > 1:
             raise InputError(f"columns of detections differ in length: {lengths}")
@@ -61,16 +72,29 @@ class Detections:
                 raise InputError(
                     f"{key} of detections must lie in 0..{top - 1}, found {np.unique(columns[key])[[0, -1]]}"
                 )
-        order = np.lexsort((-columns["scores"], columns["image_index"]))
-        ordered = bool((order == np.arange(len(order))).all())
-        for key, column in columns.items():
-            object.__setattr__(self, key, column if ordered else column[order])
-        object.__setattr__(self, "class_names", tuple(self.class_names))
-        object.__setattr__(self, "category_ids", tuple(map(int, self.category_ids)))
-        fits = len(self.category_ids) in (0, len(self.class_names))
-        if not fits or len(self.images) not in (0, self.num_images):
-            what = f"{len(self.category_ids)} category ids for {len(self.class_names)} classes"
-            raise InputError(f"{what}, {len(self.images)} sources for {self.num_images} images")
+        self._put(columns)
+
+# %% ../../nbs/00_base/07_detections.ipynb #edca509f
+@patch
+def _put(self: Detections, columns: dict[str, Any]) -> None:
+    "Sort the columns; check what stands beside them."
+    order = np.lexsort((-columns["scores"], columns["image_index"]))
+    ordered = bool((order == np.arange(len(order))).all())
+    for key, column in columns.items():
+        object.__setattr__(self, key, column if ordered else column[order])
+    object.__setattr__(self, "class_names", tuple(self.class_names))
+    object.__setattr__(self, "category_ids", tuple(map(int, self.category_ids)))
+    fits = len(self.category_ids) in (0, len(self.class_names))
+    if not fits or len(self.images) not in (0, self.num_images):
+        what = f"{len(self.category_ids)} category ids for {len(self.class_names)} classes"
+        raise InputError(f"{what}, {len(self.images)} sources for {self.num_images} images")
+
+
+@patch(as_prop=True)
+def per_box(self: Detections) -> tuple[str, ...]:
+    "The columns beside `image_index` that this table has."
+    more = (key for key in ("masks", "keypoints") if getattr(self, key) is not None)
+    return ("boxes_xyxy", "scores", "labels", *more)
 
 # %% ../../nbs/00_base/07_detections.ipynb #4f9442e0
 @patch_to(Detections, cls_method=True)
@@ -89,13 +113,13 @@ def num_boxes(self: Detections) -> int:
     "The number of boxes, of all images together."
     return len(self.scores)
 
-
+# %% ../../nbs/00_base/07_detections.ipynb #d452543a
 @patch
 def __len__(self: Detections) -> int:
     "The number of images."
     return self.num_images
 
-
+# %% ../../nbs/00_base/07_detections.ipynb #46a7d2b3
 @patch
 def __repr__(self: Detections) -> str:
     one = self.images[0].name if self.num_images == 1 and len(self.images) else ""
@@ -106,13 +130,13 @@ def __repr__(self: Detections) -> str:
     scores = f"; scores {self.scores.min():.2f} … {self.scores.max():.2f}" if self.num_boxes else ""
     return f"Detections({of}: {self.num_boxes:,} box{'es' * (self.num_boxes != 1)}{': ' * bool(told)}{told}{scores})"
 
-
+# %% ../../nbs/00_base/07_detections.ipynb #9b02252f
 @patch(as_prop=True)
 def offsets(self: Detections) -> np.ndarray:  # num_images + 1, int64
     "Where each image's rows begin: image i has rows offsets[i]:offsets[i + 1]."
     return np.searchsorted(self.image_index, np.arange(self.num_images + 1))
 
-
+# %% ../../nbs/00_base/07_detections.ipynb #4a3be09b
 @patch
 def select(
     self: Detections,
@@ -123,7 +147,7 @@ def select(
     if rows.dtype == bool and len(rows) != self.num_boxes:
         raise InputError(f"a mask of {len(rows):,} for {self.num_boxes:,} boxes", None, "for images: detections[mask]")
     rows = rows if rows.dtype == bool else rows.astype(np.int64)
-    columns = {key: getattr(self, key)[rows] for key in ("image_index", "boxes_xyxy", "scores", "labels")}
+    columns = {key: getattr(self, key)[rows] for key in ("image_index", *self.per_box)}
     return replace(self, **columns)
 
 # %% ../../nbs/00_base/07_detections.ipynb #81c4bfaf
@@ -134,11 +158,11 @@ def for_image(
 ) -> Detections:
     "The detections of one image, as a table of one image."
     start, end = np.searchsorted(self.image_index, [image, image + 1])
-    columns = {key: getattr(self, key)[start:end] for key in ("boxes_xyxy", "scores", "labels")}
+    columns = {key: getattr(self, key)[start:end] for key in self.per_box}
     own = (self.images[image],) if len(self.images) else ()
     return replace(self, image_index=np.zeros(end - start, np.int64), num_images=1, images=own, **columns)
 
-
+# %% ../../nbs/00_base/07_detections.ipynb #46b3290c
 @patch
 def __getitem__(
     self: Detections,
@@ -153,12 +177,12 @@ def __getitem__(
     counts = np.diff(offsets)[rows]
     # the rows of the chosen images, one after the other: a running number plus where each image's block begins
     boxes = np.arange(counts.sum()) + np.repeat(offsets[:-1][rows] - (np.cumsum(counts) - counts), counts)
-    columns = {key: getattr(self, key)[boxes] for key in ("boxes_xyxy", "scores", "labels")}
+    columns = {key: getattr(self, key)[boxes] for key in self.per_box}
     index = np.repeat(np.arange(len(rows)), counts)
     own = tuple(self.images[row] for row in rows) if len(self.images) else ()
     return replace(self, image_index=index, num_images=len(rows), images=own, **columns)
 
-
+# %% ../../nbs/00_base/07_detections.ipynb #d0702a61
 @patch
 def __iter__(self: Detections) -> Iterator[Detections]:
     "Image by image, each a table of its own."
@@ -185,10 +209,18 @@ def concat(
     images: Sequence[Any] | None = None,  # Where each image is; as the first part says when None
 ) -> Detections:
     "One table of several that speak of the same images."
+    some = [part for part in parts if part.num_boxes] or parts[:1]
+    kinds = {(part.per_box, part.skeleton) for part in some}
+    if len(kinds) > 1:
+        what = " and ".join(sorted(", ".join(per_box) for per_box, _ in kinds))
+        raise InputError(f"detections with {what} cannot be one table", "concat")
     columns = {
-        key: np.concatenate([getattr(part, key) for part in parts])
-        for key in ("image_index", "boxes_xyxy", "scores", "labels")
+        key: np.concatenate([getattr(part, key) for part in some])
+        for key in ("image_index", *some[0].per_box)
+        if key != "masks"
     }
+    columns["masks"] = concat_masks([part.masks for part in some]) if some[0].masks is not None else None
+    columns |= {"keypoints": columns.get("keypoints"), "skeleton": some[0].skeleton}
     return replace(parts[0], images=parts[0].images if images is None else images, **columns)
 
 
@@ -218,7 +250,7 @@ def filter(
         kept &= np.isin(self.labels, wanted)
     return self.select(kept)
 
-
+# %% ../../nbs/00_base/07_detections.ipynb #1151f424
 @patch
 def nms(
     self: Detections,
@@ -235,7 +267,7 @@ def nms(
 # %% ../../nbs/00_base/07_detections.ipynb #92c1685c
 BOX_COLUMNS = ["x1", "y1", "x2", "y2"]  # Of a frame: pixels
 
-
+# %% ../../nbs/00_base/07_detections.ipynb #aeea5253
 @patch
 def to_pandas(
     self: Detections,
@@ -248,7 +280,7 @@ def to_pandas(
     columns |= {"score": self.scores} | dict(zip(BOX_COLUMNS, self.boxes_xyxy.T))
     return pd.DataFrame(columns)
 
-
+# %% ../../nbs/00_base/07_detections.ipynb #8e689e65
 @patch_to(Detections, cls_method=True)
 def from_pandas(
     cls,
@@ -283,7 +315,7 @@ def check_tables(
 def to_coco_results(
     detections: Detections,
     annotations: Annotations,  # The images that were predicted: gives image and category ids
-) -> list[dict]:  # COCO results: image_id, category_id, bbox (xywh), score
+) -> list[dict]:  # COCO results: image_id, category_id, bbox (xywh), score; segmentation (run lengths), keypoints
     "Detections as COCO results."
     check_tables(detections, annotations)
     ids = annotations.image_ids.tolist()
@@ -291,12 +323,19 @@ def to_coco_results(
     rows = zip(detections.image_index.tolist(), detections.labels.tolist())
     boxes = xyxy_to_xywh(detections.boxes_xyxy).tolist()
     scores = detections.scores.tolist()
-    return [
+    results = [
         {"image_id": ids[i], "category_id": categories[c], "bbox": box, "score": score}
         for (i, c), box, score in zip(rows, boxes, scores)
     ]
+    if detections.masks is not None:
+        for result, rle in zip(results, detections.masks.to_rle()):
+            result["segmentation"] = rle | {"counts": rle["counts"].decode()}
+    if detections.keypoints is not None:
+        for result, points in zip(results, shortest(detections.keypoints)):
+            result["keypoints"] = points.ravel().tolist()
+    return results
 
-
+# %% ../../nbs/00_base/07_detections.ipynb #4ce675c3
 def from_coco_results(
     results: list[dict],  # COCO results
     annotations: Annotations,  # The images they speak of
@@ -315,24 +354,48 @@ def from_coco_results(
     scores = [r["score"] for r in results]
     found = [labels[r["category_id"]] for r in results]
     columns = (image_index, xywh_to_xyxy(boxes), scores, found)
-    return Detections(*columns, len(annotations), annotations.class_names, annotations.category_ids)
+    more = _more_of_results(results, annotations, image_index)
+    return Detections(*columns, len(annotations), annotations.class_names, annotations.category_ids, **more)
+
+# %% ../../nbs/00_base/07_detections.ipynb #54678010
+def _more_of_results(results: list[dict], annotations: Annotations, image_index: list[int]) -> dict[str, Any]:
+    "Masks and keypoints of COCO results, where the results have them."
+    more: dict[str, Any] = {}
+    for key in ("segmentation", "keypoints"):
+        lacking = [number for number, r in enumerate(results) if key not in r]
+        if lacking and len(lacking) < len(results):
+            raise InputError(f"no {key}, but others have it", f"result {lacking[0]}")
+    if results and "segmentation" in results[0]:
+        sizes = annotations.sizes[image_index]
+        more["masks"] = Masks.from_coco([r["segmentation"] for r in results], sizes)
+    if results and "keypoints" in results[0]:
+        lengths = {len(r["keypoints"]) for r in results}
+        if len(lengths) > 1 or max(lengths) % 3:
+            raise InputError(f"keypoints are x, y, score for each point, found lists of {sorted(lengths)}", "results")
+        points = np.array([r["keypoints"] for r in results], np.float32).reshape(len(results), -1, 3)
+        more |= {"keypoints": points, "skeleton": annotations.skeleton}
+    return more
 
 # %% ../../nbs/00_base/07_detections.ipynb #2283571c
 def save_detections(detections: Detections, path: str | Path) -> None:
     "Write an `.npz` that opens without executing code."
-    columns = {key: getattr(detections, key) for key in ("image_index", "boxes_xyxy", "scores", "labels")}
-    record = {"num_images": detections.num_images, "class_names": detections.class_names}
+    columns = {key: getattr(detections, key) for key in ("image_index", *detections.per_box) if key != "masks"}
+    columns |= detections.masks.columns() if detections.masks is not None else {}
+    record = {"skeleton": detections.skeleton and detections.skeleton.to_dict()}
+    record |= {"num_images": detections.num_images, "class_names": detections.class_names}
     record = json.dumps(record | {"category_ids": detections.category_ids})
     with atomic_write(path) as temporary, temporary.open("wb") as f:
         np.savez_compressed(f, record=np.frombuffer(record.encode(), np.uint8), **columns)
 
-
+# %% ../../nbs/00_base/07_detections.ipynb #f2dcb42a
 def load_detections(path: str | Path) -> Detections:
     "Read what `save_detections` wrote."
     try:
         with np.load(path, allow_pickle=False) as columns:
             record = json.loads(columns["record"].tobytes())
-            return Detections(**{k: columns[k] for k in columns if k != "record"}, **record)
+            record["skeleton"] = Skeleton(**record["skeleton"]) if record.get("skeleton") else None
+            plain = {key: columns[key] for key in columns if key != "record"}
+            return Detections(masks=take_masks(plain), **plain, **record)
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 - zip, npy and json each fail in their own way
@@ -349,7 +412,7 @@ def plot(
 
     return plot_detections(self, image)
 
-
+# %% ../../nbs/00_base/07_detections.ipynb #6975f05f
 @patch
 def save(
     self: Detections,
@@ -361,7 +424,7 @@ def save(
 
     return write_detections(self, path, format)
 
-
+# %% ../../nbs/00_base/07_detections.ipynb #b5ef843f
 @patch
 def to_supervision(self: Detections) -> Any:  # supervision.Detections
     "The boxes of one image for Roboflow's supervision, with its annotators, trackers and zones."
