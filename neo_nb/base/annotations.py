@@ -52,6 +52,7 @@ class Annotations:
     keypoints: ArrayLike | None = None
     skeleton: Skeleton | None = None  # Of `keypoints`; points without names when not given
     semantic_files: ArrayLike | None = None
+    semantic_names: Sequence[str] = ()  # What the pixels of `semantic_files` are
 
     def __post_init__(self):
         n, m = len(self.image_ids), len(self.boxes_xyxy)
@@ -85,6 +86,7 @@ def _typed_columns(self: Annotations, n: int, m: int) -> dict[str, Any]:
         given["keypoints"], given["skeleton"] = check_keypoints(self.keypoints, m, self.skeleton, where)
     if self.semantic_files is not None:
         given["semantic_files"] = np.asarray(self.semantic_files, dtype=str)
+    given["semantic_names"] = tuple(map(str, self.semantic_names))
     return given
 
 # %% ../../nbs/00_base/06_annotations.ipynb #d9120a93
@@ -266,6 +268,12 @@ def _concat_more(tables: Sequence[Annotations], far: bool) -> dict[str, Any]:
     columns["keypoints"], columns["skeleton"] = concat_keypoints(*points, [len(t.labels) for t in tables])
     if any(t.semantic_files is not None for t in tables):
         files = [(t, f) for t in tables for f in ([""] * len(t) if t.semantic_files is None else t.semantic_files)]
+        names = {t.semantic_names for t in tables if t.semantic_files is not None}
+        if len(names) > 1:
+            raise InputError(
+                f"maps of different classes: {sorted(map(list, names))}", "concat", "bring them to one list"
+            )
+        columns["semantic_names"] = names.pop()
         columns["semantic_files"] = [f and (str((t.root / f).absolute()) if far else f) for t, f in files]
     return columns
 
@@ -285,7 +293,7 @@ def save_annotations(
             np.save(path, column)
     record = {"class_names": table.class_names, "category_ids": table.category_ids}
     record |= {"name": table.name, "source": table.source, "root": str(table.root), "columns": sorted(columns)}
-    record |= {"skeleton": table.skeleton and table.skeleton.to_dict()}
+    record |= {"skeleton": table.skeleton and table.skeleton.to_dict(), "semantic_names": table.semantic_names}
     objects = {key: value.tolist() for key, value in table.extras.items() if value.dtype == object}
     with atomic_write(folder / "table.json") as path:
         path.write_text(json.dumps(record | {"objects": objects}))
@@ -326,5 +334,5 @@ def fingerprint(
     if table.keypoints is not None:
         digest.update(json.dumps(table.skeleton.names).encode() + np.ascontiguousarray(table.keypoints).tobytes())
     if table.semantic_files is not None:
-        digest.update("\n".join(table.semantic_files.tolist()).encode())
+        digest.update("\n".join([*table.semantic_names, *table.semantic_files.tolist()]).encode())
     return digest.hexdigest()[:16]
