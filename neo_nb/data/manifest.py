@@ -52,7 +52,7 @@ def _as_stored(manifest: Manifest, split: str, problems: list[Issue] | None, ext
     name = f"{manifest.name}/{split}"
     kind = "coco" if entry.converted else manifest.format
     if kind == "scenes":
-        return _scenes(manifest, entry, name)
+        return _scenes(manifest, entry, name, extras)
     if kind == "logos":
         return _logos(manifest, entry, name)
     root = manifest.folder
@@ -115,16 +115,17 @@ def _nothing(manifest: Manifest, name: str) -> Annotations:
     return Annotations([], [], np.zeros((0, 2)), [0], np.zeros((0, 4)), [], class_names=manifest.classes, name=name)
 
 # %% ../../nbs/20_data/08_manifest.ipynb #4a52dcbc
-def _scenes(manifest: Manifest, entry: Split, name: str) -> Annotations:
+def _scenes(manifest: Manifest, entry: Split, name: str, extras: bool) -> Annotations:
     "Drawn scenes, from the disk when they are there."
     from neo_nb.synthetic.crowds import make_scenes
 
     height, width = manifest.size or (360, 640)
     key = f"{height}x{width}-{entry.num_images}-{entry.seed}"
     folder = manifest.folder.with_name(f"{manifest.folder.name}-{key}")
-    table = make_scenes(entry.num_images or 100, (height, width), entry.seed, folder, name=name)
+    table = make_scenes(entry.num_images or 100, (height, width), entry.seed, folder, name=name, extras=extras)
     files = [f"images/{Path(file).name}" for file in table.file_names.tolist()]
-    return replace(table, file_names=np.array(files), root=folder)
+    maps = [f"maps/{Path(file).name}" for file in table.semantic_files.tolist()] if extras else None
+    return replace(table, file_names=np.array(files), semantic_files=maps, root=folder)
 
 
 def _logos(manifest: Manifest, entry: Split, name: str) -> Annotations:
