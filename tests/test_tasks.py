@@ -6,6 +6,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from neo_nb.base.annotations import Annotations, fingerprint, load_annotations, save_annotations
 from neo_nb.base.core import InputError
@@ -16,7 +17,10 @@ from neo_nb.data.dice import read_dice, write_dice, write_nested_dice
 from neo_nb.data.exports import read_labelme
 from neo_nb.data.folder import walk
 from neo_nb.data.labelme import write_labelme
+from neo_nb.data.loader import make_loader
 from neo_nb.data.yolo import read_yolo, write_yolo
+from neo_nb.synthetic.crowds import make_scenes
+from neo_nb.train.micro_batches import split, to_device
 
 SIZES = [(64, 96), (120, 70), (40, 40)]  # landscape, portrait, and an image without objects
 
@@ -175,3 +179,30 @@ def test_a_table_is_saved_mapped_and_printed_with_all_it_has(tmp_path):
     assert fingerprint(again) == fingerprint(table) != fingerprint(replace(table, masks=None))
     assert isinstance(again.masks.points, np.memmap) and isinstance(again.keypoints, np.memmap)
     assert np.shares_memory(again[1].masks.points, again.masks.points)
+
+
+def said(batch) -> list:
+    "All of a batch, to the bit."
+    parts = [t.numpy().tobytes() for t in batch.tensors().values()]
+    for target in batch.targets:
+        parts += [t.numpy().tobytes() for t in target.tensors().values()]
+        parts += [c.tobytes() for c in target.masks.columns().values()]
+    return parts
+
+
+def test_batches_with_masks_are_the_same_whoever_makes_them(tmp_path):
+    table = make_scenes(8, (90, 160), 3, tmp_path, extras=True)
+    options = dict(
+        size=(96, 160), divisor=32, batch_size=4, policy="strong", mosaic=0.5, mixup=0.5, seed=1, quiet=True
+    )
+    alone, helped = (make_loader(table, **options, num_workers=n) for n in (0, 1))
+    batches = list(alone)
+    assert [said(b) for b in batches] == [said(b) for b in helped]
+    halves = split(batches[0], 2)
+    assert torch.equal(torch.cat([h.classes for h in halves]), batches[0].classes)
+    assert said(to_device(batches[0], torch.device("cpu"))) == said(batches[0])
+    cached = make_loader(table, **(options | dict(policy="none", mosaic=0, mixup=0)), cache=True)
+    plain = make_loader(table, **(options | dict(policy="none", mosaic=0, mixup=0)))
+    for a, b in zip(cached, plain):
+        for one, other in zip(a.targets, b.targets):
+            assert np.abs(one.masks.points - other.masks.points).max(initial=0) < 1e-3

@@ -231,7 +231,7 @@ def columns(self: Masks) -> dict[str, np.ndarray]:
 
 # %% ../../nbs/00_base/04_masks.ipynb #e9adc1ec
 def take_masks(
-    columns: dict[str, np.ndarray],  # Of a file; those of masks are taken out
+    columns: dict[str, Any],  # Of a file; those of masks are taken out
 ) -> Masks | None:  # None where there are none
     "The masks among the columns of a file."
     found = {f.name: columns.pop(f"mask_{f.name}") for f in fields(Masks) if f"mask_{f.name}" in columns}
@@ -375,20 +375,41 @@ def outlines(
 ) -> list[np.ndarray]:  # k 2 each: x, y in pixels; a ring for each part
     "The object's polygons; those of its pixels where it has run lengths."
     given = self.polygons(row)
-    if given or not self[row].present[0]:
-        return given
-    x1, y1, x2, y2 = self[row].boxes_xyxy[0].astype(int).tolist()
-    part = self.decode(row)[y1:y2, x1:x2].astype(np.uint8)
-    double = np.pad(part.repeat(2, 0).repeat(2, 1), ((0, 1), (0, 1)))  # a pixel is two, and one more to the next edge
-    double = cv2.dilate(double, np.ones((2, 2), np.uint8), anchor=(1, 1))
+    return given or _trace(self[row].to_rle()[0])
+
+
+def _trace(rle: dict) -> list[np.ndarray]:
+    "The outlines of run lengths, along the edges of their pixels."
+    x1, y1, w, h = coco_mask.toBbox(rle).astype(int).tolist()
+    if not w * h:
+        return []
+    double = np.zeros((2 * h + 1, 2 * w + 1), np.uint8)
+    part = coco_mask.decode(rle)[y1 : y1 + h, x1 : x1 + w]
+    for dy, dx in np.ndindex(3, 3):  # a pixel is two, and one more to the next edge
+        double[dy : 2 * h - 1 + dy : 2, dx : 2 * w - 1 + dx : 2] |= part
     found, tree = cv2.findContours(double, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    rings = []
-    for ring, (_, _, child, parent) in zip(found, tree[0] if len(found) else ()):
+    corner, rings = np.float32([x1, y1]), []
+    for ring, (_, _, child, parent) in zip(found, tree[0].tolist()):
         if parent >= 0:
             continue
         parts = [ring]
         while child >= 0:
             parts.append(found[child])
-            child = tree[0][child][0]
-        rings.append(join_rings([part[:, 0] / np.float32(2) + np.float32([x1, y1]) for part in parts]))
-    return [r.astype(np.float32) for r in rings if len(r) > 2]
+            child = int(tree[0][child][0])
+        rings.append(join_rings([part[:, 0] / np.float32(2) + corner for part in parts]))
+    return [r.astype(np.float32) for r in rings]
+
+# %% ../../nbs/00_base/04_masks.ipynb #eb986308
+@patch
+def outlined(self: Masks) -> Masks:
+    "The same masks, all of them as polygons: what can be moved, turned and scaled."
+    if not len(self.counts):
+        return self
+    rings = [self.polygons(row) for row in range(len(self))]
+    packed = np.flatnonzero(np.diff(self.count_offsets))
+    for row, rle in zip(packed.tolist(), self[packed].to_rle()):
+        rings[row] = _trace(rle)
+    flat = [ring for own in rings for ring in own]
+    points = np.concatenate(flat) if flat else np.zeros((0, 2))
+    none = np.zeros(len(self) + 1, np.int64)
+    return Masks(self.sizes, points, _starts(list(map(len, flat))), _starts(list(map(len, rings))), [], none)

@@ -42,7 +42,7 @@ def read_map(
     if size is not None and found.shape != tuple(size):
         raise InputError(f"a map of {found.shape}, but its image is {tuple(size)} (height, width)", path)
     if classes is not None:
-        odd = np.setdiff1d(found, [*range(classes), IGNORE])
+        odd = np.setdiff1d(np.flatnonzero(np.bincount(found.ravel(), minlength=256)), [*range(classes), IGNORE])
         if len(odd):
             raise InputError(f"class {odd[0]} is outside 0..{classes - 1}, and not {IGNORE}", path)
     return found
