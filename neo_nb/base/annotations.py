@@ -181,6 +181,7 @@ class ImageAnnotations:
     lines: np.ndarray  # k, int32
     masks: Masks | None = None
     keypoints: np.ndarray | None = None  # k points 3, float32, pixels
+    skeleton: Skeleton | None = None
     semantic_file: Path | None = None  # A PNG of classes
 
 # %% ../../nbs/00_base/06_annotations.ipynb #0924eb01
@@ -196,7 +197,7 @@ def __getitem__(
     s = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
     h, w = self.sizes[index]
     keys = ("boxes_xyxy", "labels", "iscrowd", "areas", "lines", *self.more_per_box)
-    rows = {key: getattr(self, key)[s] for key in keys}
+    rows = {key: getattr(self, key)[s] for key in keys} | {"skeleton": self.skeleton}
     if self.semantic_files is not None and self.semantic_files[index]:
         rows["semantic_file"] = self.root / str(self.semantic_files[index])
     image_id = self.image_ids[index].item()

@@ -21,7 +21,8 @@ from PIL import Image
 from .boxes import xyxy_to_xywh
 from .core import InputError, atomic_write, check_choice
 from .detections import Detections, save_detections
-from .draw import draw_boxes
+from .draw import draw_boxes, draw_keypoints, draw_masks
+from .masks import shortest
 
 # %% ../../nbs/00_base/14_exchange.ipynb #03207f9f
 def _one(detections: Detections, what: str) -> None:
@@ -45,6 +46,10 @@ def plot_detections(
         what = f"an RGB array of height x width x 3, uint8, is drawn on; found {pixels.shape}, {pixels.dtype}"
         raise InputError(what, "plot()")
     d = detections
+    if d.masks is not None:
+        pixels = draw_masks(pixels, d.masks, d.labels.tolist())
+    if d.keypoints is not None:
+        pixels = draw_keypoints(pixels, d.keypoints, d.skeleton, d.labels.tolist(), scored=True)
     return Image.fromarray(draw_boxes(pixels, d.boxes_xyxy, d.labels, d.class_names, d.scores))
 
 # %% ../../nbs/00_base/14_exchange.ipynb #85f68126
@@ -122,10 +127,19 @@ def to_coco(
          "area": round(box[2] * box[3], 2), "iscrowd": 0, "score": score}
         for number, (image, label, box, score) in enumerate(rows, 1)
     ]  # fmt: skip
+    if detections.masks is not None:
+        for row, mask in zip(annotations, detections.masks.to_coco()):
+            row["segmentation"] = mask or []
+    if detections.keypoints is not None:
+        for row, points in zip(annotations, shortest(detections.keypoints)):
+            row["keypoints"] = points.ravel().tolist()
     categories = [{"id": i, "name": name} for i, name in zip(ids, detections.class_names)]
+    if detections.skeleton is not None:
+        edges = [[a + 1, b + 1] for a, b in detections.skeleton.edges]
+        categories = [c | {"keypoints": list(detections.skeleton.names), "skeleton": edges} for c in categories]
     return {"images": images, "annotations": annotations, "categories": categories}
 
-
+# %% ../../nbs/00_base/14_exchange.ipynb #d5a63a60
 def write_yolo(
     detections: Detections,  # That know their images
     folder: Path,  # New or empty

@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['READERS', 'log', 'read_split', 'read_cached_yolo', 'compute_fingerprint', 'diff_fingerprints', 'load_dataset',
-           'changes_of', 'faults_line']
+           'changes_of', 'load_all', 'faults_line']
 
 # %% ../../nbs/20_data/08_manifest.ipynb #abe10f27
 import hashlib
@@ -240,6 +240,19 @@ def changes_of(
         return diff_fingerprints(entry.fingerprint, compute_fingerprint(table))
     pairs = (("images", entry.expected_images, len(table)), ("boxes", entry.expected_boxes, len(table.boxes_xyxy)))
     return [f"{key} {wanted:,} → {got:,}" for key, wanted, got in pairs if wanted is not None and wanted != got]
+
+# %% ../../nbs/20_data/08_manifest.ipynb #10dc781c
+def load_all(
+    name: str | Path,  # A name that `list_datasets` shows, or a path to a YAML
+    split: str = "train",
+) -> Annotations:
+    "A split with its masks, keypoints and maps; the boxes alone, and why, where these cannot be read."
+    try:
+        return load_dataset(name, split, extras=True)
+    except InputError as error:
+        table = load_dataset(name, split)
+        log.warning(f"{error}; boxes alone are read")
+        return table
 
 # %% ../../nbs/20_data/08_manifest.ipynb #a07aea40
 def faults_line(
