@@ -18,6 +18,7 @@ from neo_nb.data.exports import read_labelme
 from neo_nb.data.folder import walk
 from neo_nb.data.labelme import write_labelme
 from neo_nb.data.loader import make_loader
+from neo_nb.data.manifest import load_all, load_dataset
 from neo_nb.data.yolo import read_yolo, write_yolo
 from neo_nb.synthetic.crowds import make_scenes
 from neo_nb.train.micro_batches import split, to_device
@@ -206,3 +207,27 @@ def test_batches_with_masks_are_the_same_whoever_makes_them(tmp_path):
     for a, b in zip(cached, plain):
         for one, other in zip(a.targets, b.targets):
             assert np.abs(one.masks.points - other.masks.points).max(initial=0) < 1e-3
+
+
+def test_a_manifest_loads_boxes_alone_unless_asked(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("NEO_DATA", str(tmp_path))
+    (tmp_path / "d").mkdir()
+    table = table_of(tmp_path / "d", 8)
+    write_coco(table, tmp_path / "d/train.json")
+    (tmp_path / "d/maps").mkdir()
+    for number, (h, w) in enumerate(SIZES[:2]):
+        cv2.imwrite(str(tmp_path / f"d/maps/{number}.png"), np.full((h, w), number, np.uint8))
+    split = "{annotations: train.json, images: ., maps: maps}"
+    text = f"format: coco\nroot: d\nmap_classes: [ground, thing]\nsplits: {{train: {split}}}\n"
+    (tmp_path / "d.yaml").write_text(text)
+    plain = load_dataset(tmp_path / "d.yaml")
+    assert plain.masks is plain.keypoints is plain.semantic_files is None
+    rich = load_dataset(tmp_path / "d.yaml", extras=True)
+    assert rich.masks.to_coco() == table.masks.to_coco() and rich.skeleton == COCO_PERSON
+    assert rich.semantic_files.tolist() == ["maps/0.png", "maps/1.png", ""]
+    document = json.loads((tmp_path / "d/train.json").read_text())
+    document["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
+    (tmp_path / "d/train.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match="3 are needed; fix it, or read the boxes alone"):
+        load_dataset(tmp_path / "d.yaml", extras=True)
+    assert load_all(tmp_path / "d.yaml").masks is None and "boxes alone are read" in caplog.text
