@@ -47,11 +47,11 @@ def data_show(
     split: tuple[str, ...] = (),  # Splits to show; all of them when not given
 ) -> Result:
     "Plots and annotated images of a data set, on one page."
-    from neo_nb.data.manifest import load_dataset, load_manifest
+    from neo_nb.data.manifest import load_all, load_manifest
     from neo_nb.data.statistics import statistics, write_dataset_page
 
     manifest = load_manifest(name)
-    splits = {key: load_dataset(name, check_choice(key, manifest.splits, "split")) for key in split or manifest.splits}
+    splits = {key: load_all(name, check_choice(key, manifest.splits, "split")) for key in split or manifest.splits}
     folder = Path(settings()["reports"]) / f"data-{Path(name).stem}"
     page = write_dataset_page(splits, folder, manifest.title or Path(name).stem)
     rows = {key: statistics(table) for key, table in splits.items()}

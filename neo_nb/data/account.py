@@ -85,6 +85,8 @@ def judge(
             account.remarks[reason] += 1
         elif issue.severity == "warning":
             (account.boxes if issue.check == "shape-without-box" else account.remarks)[reason] += 1
+        elif issue.check in ("mask-broken", "keypoints-broken"):  # the box can be used all the same
+            account.remarks[reason] += 1
         elif issue.check in ("image-missing", "image-name-ambiguous"):
             account.missing[reason] += 1
         elif image:
@@ -102,7 +104,7 @@ def judge(
             account.boxes[reason] += 1
     return refused
 
-
+# %% ../../nbs/20_data/27_account.ipynb #d7561304
 def _short(issue: Issue, folder: Folder) -> str:
     "The place and what was found there, from the folder's root."
     return str(issue).replace(f"{folder.root}{os.sep}", "")

@@ -19,7 +19,18 @@ from jaxtyping import Bool, Float, Int, UInt8
 from ..base.boxes import box_area
 from ..base.core import check_choice
 from ..base.geometry import Resize, check_size, fit
-from .geometric import clip_and_filter, move_boxes, render, rotation, scaling, translation
+from ..base.masks import Masks
+from neo_nb.data.geometric import (
+    clip_and_filter,
+    move_boxes,
+    move_keypoints,
+    move_map,
+    move_masks,
+    render,
+    rotation,
+    scaling,
+    translation,
+)
 
 # %% ../../nbs/20_data/14_augment.ipynb #43998ce5
 @dataclass(frozen=True)
@@ -198,6 +209,10 @@ class Sample:
     iscrowd: Bool[np.ndarray, "n"]  # Ignore regions
     dropped: int = 0  # Objects of which nothing is in view
     hidden: int = 0  # Objects of which too little is in view: ignore regions here
+    masks: Masks | None = None  # Of the n objects, in pixels of `image`
+    keypoints: Float[np.ndarray, "n k 3"] | None = None  # x, y in pixels of `image`, visibility
+    mirror: Int[np.ndarray, "k"] | None = None  # Which keypoint takes each one's place in a mirror
+    classes: UInt8[np.ndarray, "h w"] | None = None  # The class of each pixel
 
 
 def apply_geometry(
@@ -218,8 +233,22 @@ def apply_geometry(
     cut, seen, enough = clip_and_filter(moved, size, policy.min_visibility, policy.min_side)
     lost, hidden = (int((part & ~sample.iscrowd).sum()) for part in (~seen, seen & ~enough))
     image = render(sample.image, matrix, size, recolour)
+    more = _move_more(sample, matrix, size, seen)
     return Sample(image, cut[seen], sample.labels[seen], (sample.iscrowd | ~enough)[seen], sample.dropped + lost,
-                  sample.hidden + hidden)  # fmt: skip
+                  sample.hidden + hidden, **more)  # fmt: skip
+
+# %% ../../nbs/20_data/14_augment.ipynb #48a10658
+def _move_more(sample: Sample, matrix: np.ndarray, size: tuple[int, int], seen: np.ndarray) -> dict[str, Any]:
+    "Masks, keypoints and map of what is seen, where the sample has them."
+    more: dict[str, Any] = {}
+    if sample.masks is not None:
+        more["masks"] = move_masks(sample.masks[seen], matrix, size)
+    if sample.keypoints is not None:
+        more["keypoints"] = move_keypoints(sample.keypoints[seen], matrix, size, sample.mirror)
+        more["mirror"] = sample.mirror
+    if sample.classes is not None:
+        more["classes"] = move_map(sample.classes, matrix, size)
+    return more
 
 # %% ../../nbs/20_data/14_augment.ipynb #0abbc766
 def flips(
@@ -254,11 +283,11 @@ def make_transform(
     policy: str | Policy,  # A name in `POLICIES`, or a policy of your own
     size: tuple[int, int],  # (height, width) of the network's content area
     resize: Resize = "letterbox",  # As in `fit`
-):  # (image, boxes_xyxy, labels, iscrowd, seed) -> Sample, no larger than `size`
+):  # (image, boxes_xyxy, labels, iscrowd, seed, masks, keypoints, … of a `Sample`) -> Sample, no larger than `size`
     "What happens to an image on its way to the network."
     policy, size = get_policy(policy), check_size(size)
 
-    def transform(image, boxes_xyxy, labels, iscrowd, seed: int) -> Sample:
+    def transform(image, boxes_xyxy, labels, iscrowd, seed: int, **more: Any) -> Sample:
         rng = np.random.default_rng(seed)
         original = image.shape[:2]
         content = fit(original, size, resize)
@@ -266,8 +295,7 @@ def make_transform(
         boxes = np.asarray(boxes_xyxy, np.float32).reshape(-1, 4)
         objects = move_boxes(boxes[~np.asarray(iscrowd, bool)], scaled)
         matrix = sample_geometry(policy, rng, content, objects) @ scaled
-        return apply_geometry(
-            Sample(image, boxes, np.asarray(labels), np.asarray(iscrowd, bool)), matrix, content, policy, rng
-        )
+        sample = Sample(image, boxes, np.asarray(labels), np.asarray(iscrowd, bool), **more)
+        return apply_geometry(sample, matrix, content, policy, rng)
 
     return transform

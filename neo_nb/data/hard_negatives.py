@@ -134,7 +134,7 @@ def apply_mined(
         names = [os.path.relpath(os.path.realpath(file), root) for file in files]
         empty = table.select([])
         more = replace(empty, image_ids=ids, file_names=names, sizes=sizes, offsets=[0] * (len(ids) + 1),
-                       tags=None, weights=None)  # fmt: skip
+                       tags=None, weights=None, semantic_files=None)  # fmt: skip
         table = concat([table, more], table.name)
     rows = {image_id: row for row, image_id in enumerate(table.image_ids.tolist())}
     unknown = [image_id for image_id, _ in mined.weights if image_id not in rows]

@@ -18,6 +18,8 @@ import numpy as np
 from ..base.annotations import Annotations
 from ..base.core import InputError, atomic_write, settings, workspace_root
 from ..base.image_files import is_image
+from ..base.keypoints import concat_keypoints
+from ..base.masks import Masks, concat_masks
 from .account import Account, judge
 from .coco import coco_document
 from .folder import Folder, walk
@@ -68,7 +70,7 @@ def _joined(
 ) -> Annotations:
     "The sound images of a split, named from the folder's root, with the classes in `names`."
     rows: dict[str, int] = {}
-    sizes, ids, given, columns = [], [], [], defaultdict(list)
+    sizes, ids, given, columns, more = [], [], [], defaultdict(list), defaultdict(list)
     for read in reads:
         table = read.table
         mine = [rows.setdefault(key, len(rows)) if key and key not in refused else -1 for key in read.keys]
@@ -84,18 +86,20 @@ def _joined(
         columns["labels"].append(label[table.labels[keep]])
         columns["iscrowd"].append(table.iscrowd[keep])
         columns["areas"].append(table.areas[keep])
-        masks = table.extras.get("segmentation", np.full(len(table.labels), None, object))
-        columns["segmentation"].append(masks[keep])
+        more["masks"].append((table.masks or Masks.empty(len(row), table.sizes[table.image_index]))[keep])
+        more["keypoints"].append(None if table.keypoints is None else table.keypoints[keep])
+        more["skeleton"].append(table.skeleton)
     merged = {key: np.concatenate(parts) for key, parts in columns.items()}
-    masks = merged.pop("segmentation")
-    merged["extras"] = {"segmentation": masks} if any(m is not None for m in masks) else {}
+    merged["masks"] = concat_masks(more["masks"]) if any(read.table.masks is not None for read in reads) else None
+    counts = [int(masks.present.size) for masks in more["masks"]]
+    merged["keypoints"], skeleton = concat_keypoints(more["keypoints"], more["skeleton"], counts)
     kept = ids if len(set(ids)) == len(ids) and all(isinstance(i, int) for i in ids) else list(range(1, len(ids) + 1))
     images = {
         "image_ids": np.asarray(kept, np.int64),
         "file_names": [portable(key, folder.root) for key in rows],
         "sizes": sizes,
     }
-    table = assemble(np.concatenate(given), images, merged, class_names=names, root=folder.root)
+    table = assemble(np.concatenate(given), images, merged, class_names=names, root=folder.root, skeleton=skeleton)
     if len(reads) == 1:
         return table
     twice = np.zeros(len(table.labels), bool)

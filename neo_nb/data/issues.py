@@ -21,6 +21,7 @@ import numpy as np
 from ..base.annotations import Annotations
 from ..base.boxes import degenerate
 from ..base.core import InputError
+from ..base.masks import Masks
 
 # %% ../../nbs/20_data/00_issues.ipynb #dca54462
 SEVERITIES = ("error", "warning", "info")
@@ -125,7 +126,9 @@ def assemble(
     order = np.argsort(image_row, kind="stable")
     counts = np.bincount(image_row, minlength=len(images["image_ids"]))
     extras = {key: np.asarray(value)[order] for key, value in boxes.pop("extras", {}).items()}
-    columns = {key: np.asarray(value)[order] for key, value in boxes.items() if value is not None}
+    given = {key: value if isinstance(value, Masks) else np.asarray(value) for key, value in boxes.items()
+             if value is not None}  # fmt: skip
+    columns = {key: value[order] for key, value in given.items()}
     offsets = np.concatenate([[0], np.cumsum(counts)])
     return Annotations(**images, **columns, offsets=offsets, extras=extras, **record)
 

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from ..base.core import InputError, check_choice
+from .dice import dice_splits, is_nested
 from .exports import split_of
 from .folder import Folder
 from .issues import read_json, read_text
@@ -37,7 +38,7 @@ class Part:
     entry: Split | None = None  # How a manifest names it as it stands
     content: Any = None  # JSON that was read
     images: list[tuple[str, str]] = field(default_factory=list)  # YOLO without YAML: image and label file
-    names: list[str] = field(default_factory=list)  # YOLO without YAML: classes
+    names: list[str] = field(default_factory=list)  # YOLO without YAML: classes; DICE: the split within the file
     listed: list[str] | None = None  # VOC: the images of this split, without suffix
 
 
@@ -69,6 +70,8 @@ def _kind_of(document: Any) -> str:
     keys = set(document) if isinstance(document, dict) else set()
     if {"shapes", "imagePath"} <= keys:
         return "labelme"
+    if is_nested(document) and "classes" in keys:
+        return "dice"
     if not {"images", "annotations", "categories"} <= keys:
         return "no boxes (captions, a list of images)" if "images" in keys else "JSON of another kind"
     if not all(isinstance(document[key], list) for key in ("images", "annotations", "categories")):
@@ -126,7 +129,7 @@ def _find_json(folder: Folder, kinds: tuple[str, ...]) -> Layout | None:
         layout.refused = {file: "not JSON, or cut off" for file in broken if posixpath.dirname(file) in folders}
         layout.parts = [Part("train", list(files))]
     else:
-        layout.parts = [Part(split_of(file)[0], [file], content=content) for file, content in files.items()]
+        layout.parts = [part for file, content in files.items() for part in _json_parts(file, content)]
         joined = defaultdict(list)
         for part in layout.parts:
             joined[part.split] += part.files
@@ -144,6 +147,13 @@ def _title(kind: str, files: dict[str, Any]) -> str:
         return "COCO as COCO itself is laid out"
     words = {"coco": "COCO JSON", "dice": "DICE JSON", "labelme": "LabelMe", "labelstudio": "Label Studio JSON"}
     return words[kind]
+
+# %% ../../nbs/20_data/24_layouts.ipynb #0a8c30de
+def _json_parts(file: str, content: Any) -> list[Part]:
+    "The parts of a file: one, or one per split where its images say theirs."
+    own = dice_splits(content) if is_nested(content) else []
+    whole = [Part(split_of(file)[0], [file], content=content)]
+    return [Part(split_of(f"{name}/x")[0], [file], content=content, names=[name]) for name in own] or whole
 
 # %% ../../nbs/20_data/24_layouts.ipynb #c41ba226
 def _find_yolo(folder: Folder) -> Layout | None:

@@ -15,18 +15,22 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from ..base.annotations import Annotations
+from ..base.annotations import Annotations, ImageAnnotations
 from ..base.boxes import degenerate
 from ..base.core import InputError, derive_seed
 from ..base.geometry import Resize, check_size, fit, pad_to, turn_to
+from ..base.masks import concat_masks, take_masks
+from ..base.semantic_maps import IGNORE, read_map
 from .augment import Policy, Sample, get_policy, make_transform
 from .batch import Batch, Targets, normalize_boxes
+from .geometric import move_map, move_masks
 from .mosaic import mixup, mosaic
 from .resize import resize_image, stack
 from .sampler import EpochBatchSampler, epoch_length
@@ -37,14 +41,14 @@ cv2.utils.logging.setLogLevel(
     cv2.utils.logging.LOG_LEVEL_SILENT
 )  # what is wrong with a file is said by `InputError`, once
 
-
+# %% ../../nbs/20_data/18_loader.ipynb #2082c58e
 def _complete(data: bytes) -> bool:
     "Whether a JPEG or PNG has its end. A thumbnail inside has one too, so the last end must follow the last start."
     if data[:2] == b"\xff\xd8":
         return data[-2:] == b"\xff\xd9" or data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
     return b"IEND" in data[-64:] if data[:4] == b"\x89PNG" else True
 
-
+# %% ../../nbs/20_data/18_loader.ipynb #a8b8f13c
 def read_image(
     path: str | Path,
     size: tuple[int, int] | None = None,  # (height, width) as annotated: decides whether EXIF turns the image
@@ -56,7 +60,7 @@ def read_image(
         raise InputError(f"cannot be read ({error.strerror})", path) from error
     return decode_image(data, path, size)
 
-
+# %% ../../nbs/20_data/18_loader.ipynb #0681484e
 def decode_image(
     data: bytes,  # What is in an image file
     path: str | Path,  # Where it is from, for messages
@@ -108,6 +112,10 @@ class ImageReader:
     table: Annotations
     cache: dict | None = None  # "pixels": all images, one after the other; "places": where each begins; "sizes"
 
+    def __post_init__(self):
+        if self.cache is not None and self.table.masks is not None:  # what is kept in memory is made ready once
+            self.table = replace(self.table, masks=self.table.masks.outlined())
+
     def __call__(self, row: int) -> Sample:
         "The image and the boxes in its pixels (the cache holds smaller images than the files)."
         known = self.table[row]
@@ -118,12 +126,32 @@ class ImageReader:
                 h0, w0 = known.size
                 what = f"the file is {h} x {w}, the annotations say {h0} x {w0} (height x width)"
                 raise InputError(what, f"image {known.image_id} ({known.path})", "fix the annotations, or the file")
-            return Sample(image, known.boxes_xyxy, known.labels, known.iscrowd)
-        h, w = self.cache["sizes"][row]
+            return Sample(image, known.boxes_xyxy, known.labels, known.iscrowd, **_more(self.table, known, known.size))
+        h, w = self.cache["sizes"][row].tolist()
         start = self.cache["places"][row]
         image = self.cache["pixels"][start : start + h * w * 3].reshape(h, w, 3)
         boxes = known.boxes_xyxy * np.float32([w / known.size[1], h / known.size[0]] * 2)
-        return Sample(image, boxes, known.labels, known.iscrowd)
+        return Sample(image, boxes, known.labels, known.iscrowd, **_more(self.table, known, (h, w)))
+
+# %% ../../nbs/20_data/18_loader.ipynb #cccfaf97
+def _more(table: Annotations, known: ImageAnnotations, size: tuple[int, int]) -> dict[str, Any]:
+    "Masks as polygons, keypoints and map, in pixels of an image of this size."
+    more: dict[str, Any] = {}
+    scale = np.diag([size[1] / known.size[1], size[0] / known.size[0], 1.0])
+    if known.masks is not None:
+        more["masks"] = known.masks.outlined()
+        more["masks"] = more["masks"] if size == known.size else move_masks(more["masks"], scale, size)
+    if known.keypoints is not None:
+        more["mirror"] = table.skeleton.mirror
+        moved = known.keypoints * np.float32([*np.diag(scale)[:2], 1])
+        more["keypoints"] = known.keypoints if size == known.size else moved
+    if table.semantic_files is not None:
+        classes = np.full(known.size, IGNORE, np.uint8)
+        if known.semantic_file is not None:
+            names = table.semantic_names
+            classes = read_map(known.semantic_file, known.size, len(names) or None)
+        more["classes"] = classes if size == known.size else move_map(classes, scale, size)
+    return more
 
 # %% ../../nbs/20_data/18_loader.ipynb #b786203b
 @dataclass
@@ -157,8 +185,9 @@ class DetectionDataset:
 
     def _single(self, row: int, size: tuple[int, int], seed: int) -> Sample:
         known = self.read(row)
+        more = {key: value for key in _MORE if (value := getattr(known, key)) is not None}
         return make_transform(self.policy, size, self.resize)(
-            known.image, known.boxes, known.labels, known.iscrowd, seed
+            known.image, known.boxes, known.labels, known.iscrowd, seed, **more
         )
 
     def __getitems__(self, keys: list[tuple[int, int, int, int, int]]) -> dict:
@@ -171,9 +200,10 @@ class DetectionDataset:
             return {"error": (error.what, error.where and str(error.where), error.remedy)}
 
 # %% ../../nbs/20_data/18_loader.ipynb #13614547
+_MORE = ("masks", "keypoints", "mirror", "classes")  # What a sample may have beside its boxes
 _COUNTED = ("images", "objects", "dropped", "hidden")  # What a loader counts
 
-
+# %% ../../nbs/20_data/18_loader.ipynb #cea7af40
 def collate(
     samples: Sequence[Sample],
     rows: Sequence[int],  # Of the table
@@ -194,9 +224,26 @@ def collate(
         "iscrowd": np.concatenate([s.iscrowd for s in samples]),
         "dropped": sum(s.dropped for s in samples),
         "hidden": sum(s.hidden for s in samples),
+        **_collate_more(samples, frame),
     }
 
+# %% ../../nbs/20_data/18_loader.ipynb #1cd5e9fe
+def _collate_more(samples: Sequence[Sample], frame: tuple[int, int]) -> dict[str, np.ndarray]:
+    "Masks and keypoints of all objects, maps of all images, where the samples have them."
+    more: dict[str, np.ndarray] = {}
+    if samples[0].masks is not None:
+        whole = concat_masks([s.masks for s in samples])
+        more |= replace(whole, sizes=np.broadcast_to(frame, (len(whole), 2))).columns()
+    if samples[0].keypoints is not None:
+        scale = np.float32([1 / frame[1], 1 / frame[0], 1])
+        more["keypoints"] = np.concatenate([s.keypoints for s in samples]) * scale
+    if samples[0].classes is not None:
+        more["classes"] = np.full((len(samples), *frame), IGNORE, np.uint8)
+        for place, sample in zip(more["classes"], samples):
+            place[: sample.classes.shape[0], : sample.classes.shape[1]] = sample.classes
+    return more
 
+# %% ../../nbs/20_data/18_loader.ipynb #7aa48d7c
 def to_batch(
     packed: dict,  # What `collate` made
     original_sizes: np.ndarray,  # n 2, (height, width) of each image of the table
@@ -207,11 +254,27 @@ def to_batch(
     ends = np.cumsum(packed["counts"])[:-1]
     parts = [np.split(packed[key], ends) for key in ("boxes", "labels", "iscrowd")]
     targets = tuple(
-        Targets(*map(torch.from_numpy, (boxes[~crowd], labels[~crowd], boxes[crowd])))
-        for boxes, labels, crowd in zip(*parts)
+        Targets(*map(torch.from_numpy, (boxes[~crowd], labels[~crowd], boxes[crowd])), **more)
+        for boxes, labels, crowd, more in zip(*parts, _targets_more(packed))
     )
     originals = original_sizes[packed["rows"]].astype(np.int64)
-    return Batch(packed["images"], *map(torch.from_numpy, (packed["sizes"], originals, packed["rows"])), targets)
+    classes = torch.from_numpy(packed["classes"]) if "classes" in packed else None
+    about = map(torch.from_numpy, (packed["sizes"], originals, packed["rows"]))
+    return Batch(packed["images"], *about, targets, classes)
+
+# %% ../../nbs/20_data/18_loader.ipynb #91c706f6
+def _targets_more(packed: dict) -> list[dict[str, Any]]:
+    "Keypoints and masks of the objects of each image."
+    ends = np.cumsum(packed["counts"])
+    more: list[dict[str, Any]] = [{} for _ in ends]
+    masks = take_masks(dict(packed)) if "mask_points" in packed else None
+    for own, first, last in zip(more, ends - packed["counts"], ends):
+        objects = first + np.flatnonzero(~packed["iscrowd"][first:last])
+        if "keypoints" in packed:
+            own["keypoints"] = torch.from_numpy(packed["keypoints"][objects])
+        if masks is not None:
+            own["masks"] = masks[objects]
+    return more
 
 # %% ../../nbs/20_data/18_loader.ipynb #1cf735c8
 @dataclass
@@ -295,7 +358,7 @@ def _cached(
         f"cache: {len(table):,} images, {gib * 1024:.0f} MiB"
     ]
 
-
+# %% ../../nbs/20_data/18_loader.ipynb #95093ec8
 def _stands_across(
     table: Annotations,
     size: tuple[int, int],  # (height, width)

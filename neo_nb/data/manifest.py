@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['READERS', 'log', 'read_split', 'read_cached_yolo', 'compute_fingerprint', 'diff_fingerprints', 'load_dataset',
-           'changes_of', 'labels_line', 'faults_line']
+           'changes_of', 'labels_line', 'load_all', 'faults_line']
 
 # %% ../../nbs/20_data/08_manifest.ipynb #abe10f27
 import hashlib
@@ -18,6 +18,7 @@ import numpy as np
 
 from ..base.annotations import Annotations, fingerprint
 from ..base.core import InputError, check_choice
+from ..base.semantic_maps import attach_maps
 from ..base.table_cache import cached_annotations, file_digest
 from .coco import read_coco
 from .dice import read_dice
@@ -32,11 +33,13 @@ def read_split(
     manifest: Manifest,
     split: str,  # "train", "val", …
     problems: list[Issue] | None = None,  # Where faults are collected; None raises the first
-    extras: bool = False,  # Keep masks and keypoints too
+    extras: bool = False,  # Masks, keypoints and maps too
 ) -> Annotations:
     "A split as its files say, unjudged; with what was mined for it."
     check_choice(split, manifest.splits, f"split of {manifest.name}")
     table = _as_stored(manifest, split, problems, extras)
+    if extras and manifest.splits[split].maps and len(table):
+        table = attach_maps(table, manifest.folder / manifest.splits[split].maps, manifest.map_classes)
     if manifest.splits[split].include and len(table):
         table = _included(table, Path(manifest.splits[split].include), problems)
     mined = read_mined(manifest.mined) if manifest.mined and len(table) else None
@@ -49,7 +52,7 @@ def _as_stored(manifest: Manifest, split: str, problems: list[Issue] | None, ext
     name = f"{manifest.name}/{split}"
     kind = "coco" if entry.converted else manifest.format
     if kind == "scenes":
-        return _scenes(manifest, entry, name)
+        return _scenes(manifest, entry, name, extras)
     if kind == "logos":
         return _logos(manifest, entry, name)
     root = manifest.folder
@@ -66,7 +69,7 @@ def _as_stored(manifest: Manifest, split: str, problems: list[Issue] | None, ext
     annotations, images = root / (entry.converted or entry.annotations or "."), root / (entry.images or ".")
     if kind == "yolo":
         file = annotations if annotations.suffix in (".yaml", ".yml") else annotations / "data.yaml"
-        return read_cached_yolo(file, entry.key or split, name, problems)
+        return read_cached_yolo(file, entry.key or split, name, problems, extras)
     if kind == "voc":
         return read_voc(annotations, images, name, manifest.classes or None, problems)
     if kind == "coco" and problems is None and not extras and annotations.is_file():
@@ -76,20 +79,24 @@ def _as_stored(manifest: Manifest, split: str, problems: list[Issue] | None, ext
             key, [str(annotations)], file_digest, lambda _: read_coco(annotations, images, name, problems, extras)
         )
         return replace(table, name=name)
-    read = {"coco": read_coco, "dice": read_dice}[kind]
-    return read(annotations, images, name, problems, extras)
+    if kind == "dice":
+        return read_dice(annotations, images, name, problems, extras, entry.key)
+    return read_coco(annotations, images, name, problems, extras)
 
 # %% ../../nbs/20_data/08_manifest.ipynb #0d41aa69
-READERS = "1"  # Raised when a reader makes another table of the same files
+READERS = "2"  # Raised when a reader makes another table of the same files
 
 
-def read_cached_yolo(file: Path, split: str, name: str, problems: list[Issue] | None) -> Annotations:
+def read_cached_yolo(
+    file: Path, split: str, name: str, problems: list[Issue] | None, extras: bool = True
+) -> Annotations:
     "A YOLO split, from the cache of tables when nobody asks what is wrong with it."
     if problems is not None or not file.is_file():
-        return read_yolo(file, split, name, problems)
+        return read_yolo(file, split, name, problems, extras=extras)
     key = ["yolo", READERS, str(file.resolve()), split]
     files = yolo_files(file, split)
     table = cached_annotations(key, files, yolo_digest, lambda digests: read_yolo(file, split, name, digests=digests))
+    table = table if extras else replace(table, masks=None, keypoints=None, skeleton=None)
     return replace(table, name=name, source=str(file))
 
 # %% ../../nbs/20_data/08_manifest.ipynb #44934f20
@@ -108,16 +115,17 @@ def _nothing(manifest: Manifest, name: str) -> Annotations:
     return Annotations([], [], np.zeros((0, 2)), [0], np.zeros((0, 4)), [], class_names=manifest.classes, name=name)
 
 # %% ../../nbs/20_data/08_manifest.ipynb #4a52dcbc
-def _scenes(manifest: Manifest, entry: Split, name: str) -> Annotations:
+def _scenes(manifest: Manifest, entry: Split, name: str, extras: bool) -> Annotations:
     "Drawn scenes, from the disk when they are there."
     from neo_nb.synthetic.crowds import make_scenes
 
     height, width = manifest.size or (360, 640)
     key = f"{height}x{width}-{entry.num_images}-{entry.seed}"
     folder = manifest.folder.with_name(f"{manifest.folder.name}-{key}")
-    table = make_scenes(entry.num_images or 100, (height, width), entry.seed, folder, name=name)
+    table = make_scenes(entry.num_images or 100, (height, width), entry.seed, folder, name=name, extras=extras)
     files = [f"images/{Path(file).name}" for file in table.file_names.tolist()]
-    return replace(table, file_names=np.array(files), root=folder)
+    maps = [f"maps/{Path(file).name}" for file in table.semantic_files.tolist()] if extras else None
+    return replace(table, file_names=np.array(files), semantic_files=maps, root=folder)
 
 
 def _logos(manifest: Manifest, entry: Split, name: str) -> Annotations:
@@ -145,8 +153,15 @@ def compute_fingerprint(
         geometry=_hash(table.offsets, table.boxes_xyxy),
         labels=_hash(table.labels, table.iscrowd),
         weights=_hash(table.weights) if (table.weights != 1).any() else "",
-        whole=fingerprint(table),
+        masks=_hash(*_more(table)) if _more(table) else "",
+        whole=fingerprint(replace(table, masks=None, keypoints=None, semantic_files=None)),
     )
+
+
+def _more(table: Annotations) -> list[np.ndarray]:
+    "The columns of masks and keypoints, where there are any."
+    masks = [] if table.masks is None else list(table.masks.columns().values())
+    return masks if table.keypoints is None else [*masks, table.keypoints]
 
 
 def _hash(*columns: np.ndarray) -> str:
@@ -162,8 +177,9 @@ def diff_fingerprints(
     new: Fingerprint,  # What the data say
 ) -> list[str]:  # What changed, in words; empty when nothing did
     "Name what changed between two prints."
+    other = ["masks or keypoints differ"] if old.masks and new.masks and old.masks != new.masks else []
     if old.whole and old.whole == new.whole:
-        return []
+        return other
     message = [
         f"{key} {getattr(old, key):,} → {getattr(new, key):,}"
         for key in ("images", "boxes")
@@ -185,7 +201,7 @@ def diff_fingerprints(
     if old.images == new.images:
         keys = ("names", "sizes") + (("geometry", "labels") if old.boxes == new.boxes else ())
         message += [words[key] for key in keys if getattr(old, key) and getattr(old, key) != getattr(new, key)]
-    return message or (["the order of rows differs"] if old.whole else [])
+    return message + other or (["the order of rows differs"] if old.whole else [])
 
 # %% ../../nbs/20_data/08_manifest.ipynb #530499f5
 log = logging.getLogger("neo_nb.data")
@@ -197,7 +213,7 @@ def load_dataset(
     split: str = "train",  # "train", "val", …
     *,
     strict: bool = False,  # Stop when the data are not what the manifest says
-    extras: bool = False,  # Keep masks and keypoints too
+    extras: bool = False,  # Masks, keypoints and maps too
 ) -> Annotations:
     "A split of a data set by name."
     manifest = load_manifest(name)
@@ -234,6 +250,19 @@ def labels_line(manifest: Manifest) -> str:  # "" when people made all labels, o
         return ""
     unseen = f"{by.images - by.reviewed:,} of its {by.images:,} images were not reviewed by a person"
     return f"{manifest.name}: its labels are a model's ({by.model}, {by.date[:10]}); {unseen} (neo review)"
+
+# %% ../../nbs/20_data/08_manifest.ipynb #10dc781c
+def load_all(
+    name: str | Path,  # A name that `list_datasets` shows, or a path to a YAML
+    split: str = "train",
+) -> Annotations:
+    "A split with its masks, keypoints and maps; the boxes alone, and why, where these cannot be read."
+    try:
+        return load_dataset(name, split, extras=True)
+    except InputError as error:
+        table = load_dataset(name, split)
+        log.warning(f"{error}; boxes alone are read")
+        return table
 
 # %% ../../nbs/20_data/08_manifest.ipynb #a07aea40
 def faults_line(

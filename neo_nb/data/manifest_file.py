@@ -33,6 +33,7 @@ class Fingerprint(_Strict):
     geometry: str = ""  # Hash of the boxes' corners
     labels: str = ""  # Hash of labels and ignore flags
     weights: str = ""  # Hash of the images' weights; empty when all are 1
+    masks: str = ""  # Hash of masks and keypoints; empty when there are none, or they were not read
     whole: str = ""  # `annotations.fingerprint`
 
 
@@ -41,17 +42,18 @@ class Split(_Strict):
 
     annotations: str | None = None  # File or folder of annotations, from the root
     images: str | None = None  # Folder of images, from the root
+    maps: str | None = None  # Folder of PNGs of class numbers, from the root
     converted: str | None = None  # COCO JSON that import wrote beside the manifest, in place of `annotations`
     include: str | None = None  # Text file beside the manifest: the images of this split, one per line; all when None
     labelled: bool = True  # False: images without labels, to predict on
-    key: str | None = None  # The split's name in a YOLO data.yaml, where it differs
+    key: str | None = None  # The split's name in a YOLO data.yaml or a nested DICE file, where it differs
     num_images: int | None = None  # Drawn data: how many images
     seed: int = 0  # Drawn data: which ones
     expected_images: int | None = None  # What its makers say it holds
     expected_boxes: int | None = None
     fingerprint: Fingerprint | None = None  # What it held here
 
-
+# %% ../../nbs/20_data/07_manifest_file.ipynb #61f9660d
 class Archive(_Strict):
     "A file that `neo data fetch` brings."
 
@@ -126,6 +128,7 @@ class Manifest(_Strict):
     licence: str = "unknown"
     homepage: str = ""
     classes: list[str] = Field(default_factory=list)  # In the order of training labels; empty: as the data say
+    map_classes: list[str] = Field(default_factory=list)  # What the numbers in maps are
     splits: dict[str, Split]
     size: tuple[int, int] | None = None  # Drawn data: (height, width)
     sizes: list[tuple[int, int]] = Field(default_factory=list)  # Logos: several sizes, one drawn for each image

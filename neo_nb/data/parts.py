@@ -51,7 +51,7 @@ def _read_coco(part: Part, layout: Layout, folder: Folder, problems: list[Issue]
     file = part.files[0]
     source = folder.root / file
     if layout.format == "dice":
-        table = read_dice(source, folder.root, "", problems, extras=True)
+        table = read_dice(source, folder.root, "", problems, extras=True, split=next(iter(part.names), None))
     else:
         table = table_of(part.content, source, folder.root, "", problems, extras=True)
     at, (split, word) = posixpath.dirname(file), split_of(file)
@@ -69,7 +69,11 @@ def _read_coco(part: Part, layout: Layout, folder: Folder, problems: list[Issue]
         what = f"none of its {len(table):,} images is here, such as {table.file_names[0]}"
         raise InputError(what, source, "say where the images are: --images DIR")
     entry = (
-        None if found.prefix is None else Split(annotations=file, images=portable(found.prefix, folder.root) or ".")
+        None
+        if found.prefix is None
+        else Split(
+            annotations=file, images=portable(found.prefix, folder.root) or ".", key=next(iter(part.names), None)
+        )
     )
     return [PartTable(part.split, table, found.keys, entry, layout.format)]
 
@@ -91,8 +95,6 @@ def _read_yolo(part: Part, layout: Layout, folder: Folder, problems: list[Issue]
     bare = sum(label_name(key) not in known for key in keys)
     if bare:
         layout.remarks.append(f"{part.split}: {bare:,} images have no label file: taken as images without objects")
-    if any(polygon is not None for polygon in table.extras.get("segmentation", ())):
-        layout.remarks.append(f"{part.split}: of polygons the bounding box is taken")
     return [PartTable(part.split, table, keys, part.entry, "yolo")]
 
 

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from ..base.annotations import Annotations
 from ..base.boxes import clip_boxes, degenerate
 from ..base.core import InputError
-from ..base.draw import THICK, draw_boxes, encode, fit_height, grid
+from ..base.draw import THICK, draw_boxes, draw_keypoints, draw_masks, encode, fit_height, grid
 from ..base.page import PageImage, Section, figure, gallery, table, write_page
 from .loader import read_image
 
@@ -49,7 +49,22 @@ def statistics(
             "max": int(counts.max(initial=0)),
         },
         "side": float(np.median(np.sqrt(area))) if len(area) else 0.0,
-    }
+    } | _more(annotations, objects)
+
+
+def _more(annotations: Annotations, objects: np.ndarray) -> dict[str, Any]:
+    "Counts of masks, keypoints and maps, of a data set that has them."
+    more: dict[str, Any] = {}
+    if annotations.masks is not None:
+        more["masks"] = int(annotations.masks.present[objects].sum())
+    if annotations.keypoints is not None:
+        seen = annotations.keypoints[objects, :, 2]
+        names = annotations.skeleton.names
+        more["posed"] = int((seen > 0).any(1).sum())
+        more["keypoints"] = {name: [int((seen[:, i] == v).sum()) for v in (2, 1)] for i, name in enumerate(names)}
+    if annotations.semantic_files is not None:
+        more["maps"] = int((annotations.semantic_files != "").sum())
+    return more
 
 # %% ../../nbs/20_data/20_statistics.ipynb #faf2c59e
 INK, SOFT = "#0072b2", "#d5dde5"
@@ -133,6 +148,11 @@ def draw_sample(
         boxes = clip_boxes(one.boxes_xyxy, one.size)
         image, scale = fit_height(read_image(one.path, one.size))
         names = annotations.class_names
+        if one.masks is not None:
+            image = draw_masks(image, one.masks, list(range(len(boxes))), scale)
+        if one.keypoints is not None:
+            points = one.keypoints * np.float32([scale, scale, 1])
+            image = draw_keypoints(image, points, one.skeleton, list(range(len(boxes))))
         image = draw_boxes(image, boxes * scale, one.labels, names, iscrowd=one.iscrowd, thick=THICK)
         found.append((one.path.name, f"id {one.image_id}, {len(boxes)} boxes", image))
     return found

@@ -23,7 +23,9 @@ from tqdm import tqdm
 from ..base.annotations import PER_BOX, PER_IMAGE, Annotations, fingerprint, load_annotations, save_annotations
 from ..base.core import InputError, atomic_write, settings
 from ..base.draw import save_image
+from ..base.semantic_maps import read_map, write_map
 from .coco import write_coco
+from .geometric import crop_masks
 from .hard_negatives import read_mined, write_mined
 from .loader import read_image
 from .manifest import compute_fingerprint, read_split
@@ -167,6 +169,9 @@ def _table(
         key: getattr(annotations, key)[parent] for key in PER_BOX if key not in ("boxes_xyxy", "areas", "iscrowd")
     }
     extras = {"whole_xyxy": annotations.boxes_xyxy[parent]}
+    per_box |= _more(annotations, parent, window[columns["tile"][rows_of]])
+    if annotations.semantic_files is not None:
+        per_image["semantic_files"] = annotations.semantic_files[image[rows]]
     table = replace(
         annotations, sizes=sizes, offsets=offsets, boxes_xyxy=boxes, iscrowd=ignore, areas=annotations.areas[parent] * share,
         extras=extras, **(per_image | per_box | {"image_ids": np.array(ids), "box_ids": np.arange(1, len(parent) + 1)}),
@@ -177,6 +182,19 @@ def _table(
     stats = TilingStats(len(rows), int((~ignore & (share > 1 - 1e-6)).sum()), int((~ignore & (share <= 1 - 1e-6)).sum()),
                  int(ignore.sum()), int((real & ~held).sum()), left, repeated)  # fmt: skip
     return table, stats
+
+# %% ../../nbs/20_data/19_tiles.ipynb #ace4a954
+def _more(annotations: Annotations, parent: np.ndarray, windows: np.ndarray) -> dict:
+    "Masks and keypoints of boxes as their tiles show them."
+    more = {}
+    if annotations.masks is not None:
+        more["masks"] = crop_masks(annotations.masks[parent], windows)
+    if annotations.keypoints is not None:
+        at = annotations.keypoints[parent] - np.pad(windows[:, None, :2], ((0, 0), (0, 0), (0, 1)))
+        inside = (at[..., :2] >= 0).all(-1) & (at[..., 0] <= (windows[:, 2] - windows[:, 0])[:, None])
+        inside &= at[..., 1] <= (windows[:, 3] - windows[:, 1])[:, None]
+        more["keypoints"] = (at * (inside & (at[..., 2] > 0))[..., None]).astype(np.float32)
+    return more
 
 # %% ../../nbs/20_data/19_tiles.ipynb #e8028c92
 LARGE = 40_000_000  # Pixels from which an image is not held whole
@@ -252,7 +270,8 @@ def make_tiles(
         return replace(load_annotations(folder / "table"), root=folder), TilingStats(**known["said"])
     table, stats = tile_table(annotations, tile, **rule)
     done.unlink(missing_ok=True)
-    shutil.rmtree(folder / "images", ignore_errors=True)
+    for made in ("images", "maps"):
+        shutil.rmtree(folder / made, ignore_errors=True)
     origin = {str(name): row for row, name in enumerate(annotations.image_ids)}
     places = [parse_tile_id(name) for name in table.image_ids]
     row = -1
@@ -266,11 +285,31 @@ def make_tiles(
         files.append(f"images/{row:06d}-{window[0]}-{window[1]}.jpg")
         if not (folder / files[-1]).exists():
             save_image(regions.read(window), folder / files[-1], quality=95)
-    table = replace(table, file_names=np.array(files), root=folder)
+    table = replace(
+        table, file_names=np.array(files), semantic_files=_cut_maps(annotations, table, folder), root=folder
+    )
     save_annotations(replace(table, root=Path(".")), folder / "table")
     with atomic_write(done) as path:
         path.write_text(json.dumps({"asked": wanted, "said": stats.__dict__}))
     return table, stats
+
+# %% ../../nbs/20_data/19_tiles.ipynb #cc8e536d
+def _cut_maps(annotations: Annotations, table: Annotations, folder: Path) -> list[str] | None:
+    "A map for each tile of an image that has one."
+    if table.semantic_files is None:
+        return None
+    files, known = [], ("", np.zeros((0, 0), np.uint8))
+    for name, source in zip(table.image_ids, table.semantic_files.tolist()):
+        image, (x1, y1, x2, y2) = parse_tile_id(name)
+        if not source:
+            files.append("")
+            continue
+        if known[0] != source:
+            known = (source, read_map(annotations.root / source))
+        files.append(f"maps/{image}-{x1}-{y1}.png")
+        if not (folder / files[-1]).exists():
+            write_map(known[1][y1:y2, x1:x2], folder / files[-1])
+    return files
 
 # %% ../../nbs/20_data/19_tiles.ipynb #d3ff2126
 def _keep_weights(made: Manifest, manifest: Manifest, heavy: dict[str, np.ndarray], target: Path) -> str:

@@ -51,6 +51,12 @@ CHECKS = {
     "box-not-finite": "a box with a value that is no finite number",
     "box-range": "a relative coordinate outside 0..1",
     "polygon": "a polygon; its bounding box is taken",
+    "mask-broken": "a mask that cannot be used; its box can",
+    "mask-beyond-image": "a mask that reaches out of its image",
+    "keypoints-broken": "keypoints that cannot be used; their box can",
+    "keypoints-differ": "classes with different lists of keypoints",
+    "skeleton-broken": "edges or sigmas that are none of the keypoints",
+    "background": "images that are marked as without objects",
     "filename-differs": "XML that names another image",
     "size-missing": "XML that does not say the image's size",
     "box-id-twice": "an annotation id that stands twice",
@@ -334,7 +340,7 @@ def _read(manifest: Manifest, split: str, problems: list[Issue]) -> Annotations 
     "A split's table without its faulty rows; None when there is nothing to look at."
     before = len(problems)
     try:
-        table = read_split(manifest, split, problems)
+        table = read_split(manifest, split, problems, extras=True)
     except InputError as error:
         raise_or_collect(problems, "split-unreadable", error.where or f"{manifest.name}/{split}", error.what)
         return None

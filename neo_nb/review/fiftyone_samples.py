@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..base.annotations import Annotations
 from ..base.detections import Detections
+from ..base.masks import Masks
 from ..evaluate.compare import image_counts
 from ..evaluate.errors import IS_RIGHT, KINDS, NOT_COUNTED, Errors, find_errors
 from ..evaluate.slices import BUCKETS
@@ -79,6 +80,17 @@ def _true_or_none(values: np.ndarray) -> list[bool | None]:
     return [value or None for value in values.tolist()]
 
 
+def _masks(masks: Masks | None, boxes: np.ndarray) -> dict[str, list]:
+    "Each mask as FiftyOne keeps it, the pixels in its box; nothing where the table has no masks."
+    if masks is None:
+        return {}
+    from fiftyone.core.utils import serialize_numpy_array
+
+    corners = np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], 1).astype(int).clip(0)
+    parts = [masks.decode(row)[y1:y2, x1:x2] for row, (x1, y1, x2, y2) in enumerate(corners.tolist())]
+    return {"mask": [serialize_numpy_array(part) if part.any() else None for part in parts]}
+
+
 def _by_row(columns: dict[str, list]) -> list[dict[str, Any]]:
     "A dictionary for each box."
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
@@ -118,7 +130,7 @@ def _objects(f: Findings, image: int, rows: np.ndarray, matches: list) -> list[d
         "eval": [str(said) or None for said in verdict],
         "eval_id": [other for other, _ in matches],
         "eval_iou": [iou for _, iou in matches],
-    }
+    } | _masks(t.masks and t.masks[rows], t.boxes_xyxy[rows])
     return _by_row(columns)
 
 # %% ../../nbs/55_review/03_fiftyone_samples.ipynb #47299bc9
@@ -141,7 +153,7 @@ def _found(f: Findings, image: int, rows: np.ndarray, matches: list) -> list[dic
         "eval": np.where(kind == IS_RIGHT, "tp", "fp").tolist(),
         "eval_id": [other for other, _ in matches],
         "eval_iou": [iou for _, iou in matches],
-    }
+    } | _masks(d.masks and d.masks[rows], boxes)
     return _by_row(columns)
 
 # %% ../../nbs/55_review/03_fiftyone_samples.ipynb #6ee6794b
@@ -149,11 +161,13 @@ _IMAGE = {"row": 0, "f1": 0.0, "image_id": "-", "right": 0, "wrong": 0, "missed"
           "eval_fp": 0, "eval_fn": 0, "mistakenness": 0.0, "possible_missing": 0, "possible_spurious": 0}  # fmt: skip
 
 
-def _template(fo: Any, dataset: Any) -> dict[str, Any]:
+def _template(fo: Any, dataset: Any, posed: bool) -> dict[str, Any]:
     "A sample's document as this version of FiftyOne writes it; its fields are declared."
     sample = fo.Sample("/template.jpg", metadata=fo.ImageMetadata(width=1, height=1), **_IMAGE)
     sample["ground_truth"] = fo.Detections(detections=[fo.Detection(**_OBJECT)])
     sample["predictions"] = fo.Detections(detections=[fo.Detection(**_FOUND)])
+    for field in ("poses", "predicted_poses") if posed else ():
+        sample[field] = fo.Keypoints(keypoints=[fo.Keypoint(label="-", points=[[0.5, 0.5]], row=0)])
     dataset.add_samples([sample], dynamic=True, progress=False)
     document = dataset._sample_collection.find_one({"filepath": "/template.jpg"})
     dataset.delete_samples([sample])
@@ -164,6 +178,25 @@ def _labels(template: dict[str, Any], boxes: list[dict], ids: list) -> dict[str,
     "A field of boxes like the template's."
     like = template["detections"][0]
     return template | {"detections": [like | box | {"_id": id_, "tags": []} for box, id_ in zip(boxes, ids)]}
+
+# %% ../../nbs/55_review/03_fiftyone_samples.ipynb #a19f7297
+def _poses(
+    table: Annotations | Detections, rows: np.ndarray, size: np.ndarray, template: dict[str, Any]
+) -> dict | None:
+    "Keypoints of some rows as FiftyOne's, shares of the image; what is not labelled has no place."
+    if table.keypoints is None:
+        return None
+    from bson import ObjectId
+
+    like, found = template["keypoints"][0], []
+    for row in rows.tolist():
+        points = table.keypoints[row].astype(float)
+        at = points[:, :2] / size[::-1]
+        at[points[:, 2] == 0] = np.nan
+        if np.isfinite(at).any():
+            own = {"label": table.class_names[table.labels[row]], "points": at.tolist(), "row": row}
+            found.append(like | own | {"_id": ObjectId(), "tags": []})
+    return template | {"keypoints": found}
 
 # %% ../../nbs/55_review/03_fiftyone_samples.ipynb #36913370
 def _document(
@@ -192,6 +225,8 @@ def _document(
                 for one, id_ in zip(objects, own) if one["eval"] == "fn"]  # fmt: skip
     boxes = {"ground_truth": _labels(template["ground_truth"], objects, own)}
     boxes |= {"predictions": _labels(template["predictions"], found, theirs)}
+    for field, table, rows in (("poses", t, there), ("predicted_poses", d, predicted)):
+        boxes |= {field: _poses(table, rows, t.sizes[row], template[field])} if field in template else {}
     return template | boxes | _image(f, row, template) | {"_id": ObjectId(), "_rand": random.random()}, matches
 
 
@@ -221,7 +256,12 @@ def write_documents(
     progress: bool = True,  # Show a bar
 ) -> list[tuple]:  # For `register_evaluation`: object's and detection's class, IoU, score, both ids
     "Write every image with its objects and the detections that count."
-    template = _template(fo, dataset)
+    skeleton = findings.annotations.skeleton or findings.detections.skeleton
+    template = _template(fo, dataset, skeleton is not None)
+    if skeleton is not None:
+        dataset.default_skeleton = fo.KeypointSkeleton(
+            labels=list(skeleton.names), edges=list(map(list, skeleton.edges))
+        )
     matches = []
     count = len(findings.annotations)
     with tqdm(total=count, desc="FiftyOne", unit="image", leave=False, disable=not progress) as bar:

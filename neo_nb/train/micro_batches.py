@@ -9,14 +9,14 @@ __all__ = ['split', 'to_device', 'Statistics', 'Pending', 'to_host']
 
 # %% ../../nbs/60_train/06_micro_batches.ipynb #ea5d6888
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..data.batch import Batch, Targets
+from ..data.batch import Batch
 from ..models.quantize import QuantNetwork
 
 # %% ../../nbs/60_train/06_micro_batches.ipynb #626921c2
@@ -29,9 +29,8 @@ def split(
     if count == 1:
         return [batch]
     ends = [round(len(batch) * i / count) for i in range(count + 1)]
-    return [
-        replace(batch, **{f.name: getattr(batch, f.name)[a:b] for f in fields(batch)}) for a, b in zip(ends, ends[1:])
-    ]
+    known = batch.tensors() | {"targets": batch.targets}
+    return [replace(batch, **{key: column[a:b] for key, column in known.items()}) for a, b in zip(ends, ends[1:])]
 
 # %% ../../nbs/60_train/06_micro_batches.ipynb #96d51b00
 def to_device(
@@ -39,14 +38,16 @@ def to_device(
     device: torch.device,
 ) -> Batch:
     "The batch on a device; a GPU computes meanwhile."
-    columns = {f.name: [getattr(t, f.name) for t in batch.targets] for f in fields(Targets)}
-    moved = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "targets"}
+    known = batch.targets[0].tensors() if batch.targets else ()
+    columns = {key: [getattr(t, key) for t in batch.targets] for key in known}
+    moved = batch.tensors()
     joined = {name: torch.cat(column) for name, column in columns.items() if column}
     if device.type == "cuda":
         moved, joined = ({name: t.pin_memory() for name, t in some.items()} for some in (moved, joined))
     moved, joined = ({name: t.to(device, non_blocking=True) for name, t in some.items()} for some in (moved, joined))
     parts = [joined[name].split([len(t) for t in columns[name]]) for name in joined]
-    return replace(batch, targets=tuple(Targets(*row) for row in zip(*parts)), **moved)
+    rows = (dict(zip(joined, row)) for row in zip(*parts))
+    return replace(batch, targets=tuple(replace(t, **row) for t, row in zip(batch.targets, rows)), **moved)
 
 # %% ../../nbs/60_train/06_micro_batches.ipynb #4bb48f83
 class Statistics:
