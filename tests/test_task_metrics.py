@@ -15,7 +15,6 @@ from neo_nb.evaluate.operating_point import evaluate, match_detections
 from neo_nb.evaluate.slices import calibration, of_images, slice_metrics
 from neo_nb.evaluate.verify import by_pycocotools
 
-NAMES = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "APs": "APs", "APm": "APm", "APl": "APl"}
 SIGMAS = len(COCO_PERSON.names)
 
 
@@ -75,7 +74,7 @@ def near(rng: np.random.Generator, truth: Annotations) -> Detections:
     sizes = truth.sizes[truth.image_index][again]
     masks = Masks.from_arrays([pixels(rng, tuple(size), box) for size, box in zip(sizes, boxes)])
     labels = np.where(rng.random(len(again)) < 0.15, 1 - truth.labels[again], truth.labels[again])
-    shift = rng.normal(0, 4, (len(again), SIGMAS, 2))
+    shift = rng.normal(0, 2, (len(again), SIGMAS, 2))
     keypoints = np.concatenate([truth.keypoints[again][..., :2] + shift, rng.random((len(again), SIGMAS, 1))], 2)
     return Detections(
         truth.image_index[again], boxes, np.round(rng.random(len(again)), 1), labels, len(truth), truth.class_names,
@@ -89,7 +88,10 @@ def test_numbers_are_those_of_pycocotools(iou_type):
     for seed in range(200):
         truth, found = random_tables(seed)
         for cap in (100, 20, 2):
-            ours, theirs = coco_metrics(found, truth, cap, iou_type=iou_type), by_pycocotools(found, truth, cap, iou_type)
+            ours, theirs = (
+                coco_metrics(found, truth, cap, iou_type=iou_type),
+                by_pycocotools(found, truth, cap, iou_type),
+            )
             for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"):
                 assert abs(ours[name] - theirs[name]) < 1e-9, (seed, cap, name, ours[name], theirs[name])
             for name in ("AR1", "AR10"):
@@ -97,3 +99,82 @@ def test_numbers_are_those_of_pycocotools(iou_type):
                     assert abs(ours[name] - theirs[name]) < 1e-9, (seed, cap, name)
         measured += 0 < ours["AP"] < 1
     assert measured > 100
+
+
+@pytest.fixture(scope="module")
+def crowded() -> tuple[Annotations, Detections]:
+    """The first sets that have everything: objects in several images, crowd regions, poses without a keypoint."""
+    for seed in range(100):
+        truth, found = random_tables(seed)
+        bare = ~(truth.keypoints[..., 2] > 0).any(1)
+        if len(truth) > 2 and len(truth.labels) > 9 and truth.iscrowd.any() and bare.any() and not bare.all():
+            return truth, found
+    raise AssertionError("no such set")
+
+
+@pytest.mark.parametrize("iou_type", ["segm", "keypoints"])
+def test_what_rests_on_the_same_pairs_agrees(crowded, iou_type):
+    truth, found = crowded
+    numbers = evaluate(found, truth, iou_type=iou_type)
+    errors = find_errors(found, truth, iou_type=iou_type)
+    right = int((errors.kind == KINDS.index("right")).sum())
+    assert right == (match_detections(found, truth, iou_type=iou_type).truth >= 0).sum() > 0
+    assert (errors.iou[errors.kind == KINDS.index("right")] >= 0.5).all()
+    table = confusion_matrix(found, truth, iou_type=iou_type)
+    assert table[:-1].sum() == numbers["boxes"] == errors.found.sum() + errors.touched.sum() + errors.missed.sum()
+    assert np.trace(table[:-1, :-1]) == right
+    slices = slice_metrics(found, truth, 0.0, iou_type=iou_type)
+    assert sum(row["TP"] for row in slices["objects per image"].values()) == right
+    once = ap_of_draws(found, truth, np.ones((1, len(truth)), int), iou_type=iou_type)
+    assert abs(once[0][0] - numbers["AP"]) < 1e-9 and abs(once[1][0] - numbers["AP50"]) < 1e-9
+    assert numbers["AP"] != evaluate(found, truth)["AP"]
+    assert delta_ap(found, truth, iou_type=iou_type)["missed"]["cost"] >= 0
+    assert sum(calibration(found, truth, iou_type=iou_type)["count"]) == (errors.kind < 6).sum()
+
+
+def test_two_runs_are_compared_by_masks(crowded):
+    truth, found = crowded
+    blank = Masks.from_arrays([np.zeros(size, bool) for size in found.masks.sizes])
+    worse = Detections(
+        found.image_index, found.boxes_xyxy, found.scores, found.labels, len(truth), truth.class_names, masks=blank
+    )  # the same boxes, masks without a pixel
+    assert compare_detections(worse, found, truth)["AP"]["difference"] == 0
+    assert compare_detections(worse, found, truth, iou_type="segm")["AP"]["difference"] > 0
+    assert find_changes(worse, found, truth, (0.0, 0.0), iou_type="segm").gained.any()
+    some, there = of_images(found, truth, np.arange(len(truth)) < 2)
+    assert len(some.masks) == some.num_boxes and len(there.masks) == len(there.labels)
+
+
+def test_what_is_missing_is_said(crowded):
+    truth, found = crowded
+    plain = Detections(found.image_index, found.boxes_xyxy, found.scores, found.labels, len(truth), truth.class_names)
+    with pytest.raises(InputError, match="the detections have no masks"):
+        coco_metrics(plain, truth, iou_type="segm")
+    with pytest.raises(InputError, match="the detections have no keypoints"):
+        evaluate(plain, truth, iou_type="keypoints")
+    with pytest.raises(InputError, match="iou_type"):
+        evaluate(found, truth, iou_type="boxes")
+    first = int(np.flatnonzero(~truth.iscrowd)[0])
+    shapes = truth.masks.to_coco()
+    shapes[first] = None
+    lacking = Masks.from_coco(shapes, truth.masks.sizes)
+    bare = Annotations(
+        truth.image_ids, truth.file_names, truth.sizes, truth.offsets, truth.boxes_xyxy, truth.labels,
+        truth.class_names, iscrowd=truth.iscrowd, masks=lacking,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=f"1 of {len(truth.labels)} objects have no mask, the first in image"):
+        coco_metrics(found, bare, iou_type="segm")
+
+
+def test_a_crowd_region_with_a_box_alone_excuses_what_lies_in_it():
+    size = (60, 80)
+    left, right = np.zeros(size, bool), np.zeros(size, bool)
+    left[10:30, 5:25], right[10:30, 45:65] = True, True
+    masks = Masks.from_coco([Masks.from_arrays([left]).to_coco()[0], None], [size] * 2)
+    boxes = [[5, 10, 25, 30], [40, 0, 80, 60]]
+    truth = Annotations([1], ["a"], [size], [0, 2], boxes, [0, 0], ["x"], iscrowd=[False, True], masks=masks)
+    found = Detections(
+        [0, 0], [boxes[0], [45, 10, 65, 30]], [0.5, 0.9], [0, 0], 1, ["x"], masks=Masks.from_arrays([left, right])
+    )
+    assert evaluate(found, truth, iou_type="segm")["F1"] == 1
+    assert find_errors(found, truth, iou_type="segm").counts()["uncounted"] == 1
