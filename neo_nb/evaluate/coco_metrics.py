@@ -1,4 +1,4 @@
-"""The field's twelve numbers, with a cap on detections that is said out loud
+"""The field's twelve numbers, of boxes, masks or keypoints, with a cap on detections that is said out loud
 
 AP and AR as COCO defines them, overall, by size and by class, from the two tables; -1 means that there was nothing to measure."""
 
@@ -6,7 +6,7 @@ AP and AR as COCO defines them, overall, by size and by class, from the two tabl
 
 # %% auto #0
 __all__ = ['SIZES', 'IOU_THRESHOLDS', 'RECALLS', 'WRONG', 'RIGHT', 'UNCOUNTED', 'label_tp_fp', 'accumulate', 'coco_tables',
-           'coco_metrics']
+           'mean_known', 'coco_metrics']
 
 # %% ../../nbs/50_evaluate/01_coco_metrics.ipynb #2c9dec5e
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ import numpy as np
 from ..base.annotations import Annotations
 from ..base.core import InputError
 from ..base.detections import Detections
-from .matching import Pairs, check_pair, iou_pairs, match_greedy, turns
+from .matching import Pairs, check_pair, counted, detection_areas, iou_pairs, match_greedy, turns
 
 # %% ../../nbs/50_evaluate/01_coco_metrics.ipynb #17a5e0c2
 SIZES = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # square pixels
@@ -31,13 +31,13 @@ def label_tp_fp(
     annotations: Annotations,
     areas: tuple[float, float] = SIZES["all"],  # Square pixels, both ends included
     iou_thresholds: Sequence[float] | np.ndarray = IOU_THRESHOLDS,
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> tuple[np.ndarray, np.ndarray]:  # t m uint8: WRONG, RIGHT or UNCOUNTED; n bool: objects that count
     "Judge every detection at every threshold."
     low, high = areas
-    ignored = annotations.iscrowd | (annotations.areas < low) | (annotations.areas > high)
+    ignored = ~counted(annotations, iou_type) | (annotations.areas < low) | (annotations.areas > high)
     taken = match_greedy(pairs, detections, annotations, iou_thresholds, ignored)
-    x1, y1, x2, y2 = detections.boxes_xyxy.T.astype(np.float64)
-    own = (x2 - x1) * (y2 - y1)
+    own = detection_areas(detections, iou_type)
     outside = np.where((own < low) | (own > high), UNCOUNTED, WRONG).astype(np.uint8)
     verdict = np.tile(outside, (len(taken.truth), 1))
     took = np.where(ignored[taken.truth], UNCOUNTED, RIGHT) if len(ignored) else taken.truth
@@ -69,17 +69,18 @@ def coco_tables(
     detections: Detections,
     annotations: Annotations,
     wanted: Sequence[tuple[str, int]],  # A key of `SIZES` and a cap on detections, for each table
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:  # Precision (10, 101, k) and recall (10, k)
     "COCO's tables of precision and recall."
-    pairs = iou_pairs(detections, annotations, IOU_THRESHOLDS[0], max(cap for _, cap in wanted))
+    pairs = iou_pairs(detections, annotations, IOU_THRESHOLDS[0], max(cap for _, cap in wanted), iou_type)
     order = np.lexsort((-detections.scores, detections.labels))  # stable: of equals the earlier image
     turn = turns(detections)[order]
     labels = detections.labels[order]
     classes = len(annotations.class_names)
     tables = {}
     for size in dict.fromkeys(size for size, _ in wanted):
-        verdict, counted = label_tp_fp(pairs, detections, annotations, SIZES[size])
-        objects = np.bincount(annotations.labels[counted], minlength=classes)
+        verdict, counts = label_tp_fp(pairs, detections, annotations, SIZES[size], iou_type=iou_type)
+        objects = np.bincount(annotations.labels[counts], minlength=classes)
         verdict = verdict[:, order]
         for cap in (cap for other, cap in wanted if other == size):
             has_turn = turn < cap
@@ -88,7 +89,9 @@ def coco_tables(
     return tables
 
 # %% ../../nbs/50_evaluate/01_coco_metrics.ipynb #705c5eaf
-def _mean(values: np.ndarray) -> float:
+def mean_known(
+    values: np.ndarray,  # -1: nothing to measure
+) -> float:
     "The mean of what could be measured; -1 when nothing could."
     known = values[values > -1]
     return float(known.mean()) if len(known) else -1.0
@@ -99,15 +102,16 @@ def coco_metrics(
     annotations: Annotations,
     max_dets: int = 100,  # Detections that count, for each class in each image
     extra_max_dets: int | None = None,  # A second such number; adds `AP@300` and so on
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> dict:  # COCO's names; `per_class`: AP, AP50 and AR by class name
     "COCO's numbers, 0..1, or -1 where there is nothing to measure. Raises `InputError` when the tables do not fit."
-    check_pair(detections, annotations)
+    check_pair(detections, annotations, iou_type)
     for cap in (max_dets, extra_max_dets or 1):
         if cap < 1:
             raise InputError(f"at least 1 detection must count, found {cap}")
     wanted = [*((size, max_dets) for size in SIZES), *(("all", cap) for cap in (1, 10, 100))]
     more = extra_max_dets or max_dets
-    tables = coco_tables(detections, annotations, list(dict.fromkeys([*wanted, ("all", more)])))
+    tables = coco_tables(detections, annotations, list(dict.fromkeys([*wanted, ("all", more)])), iou_type)
     precision, recall = tables["all", max_dets]
     result = {"AP": precision, "AP50": precision[0], "AP75": precision[5]}
     result |= {f"AP{size[0]}": tables[size, max_dets][0] for size in ("small", "medium", "large")}
@@ -116,15 +120,15 @@ def coco_metrics(
     if extra_max_dets:
         wide, reached = tables["all", more]
         result |= {f"AP@{more}": wide, f"AP50@{more}": wide[0], f"AR@{more}": reached}
-    result = {key: _mean(values) for key, values in result.items()}
-    return result | {"per_class": _per_class(annotations, precision, recall)}
+    result = {key: mean_known(values) for key, values in result.items()}
+    return result | {"per_class": _per_class(annotations, precision, recall, iou_type)}
 
 # %% ../../nbs/50_evaluate/01_coco_metrics.ipynb #d630336a
-def _per_class(annotations: Annotations, precision: np.ndarray, recall: np.ndarray) -> dict[str, dict]:
+def _per_class(annotations: Annotations, precision: np.ndarray, recall: np.ndarray, iou_type: str) -> dict[str, dict]:
     "AP, AP50 and AR of each class, and how many objects they rest on."
-    counts = np.bincount(annotations.labels[~annotations.iscrowd], minlength=len(annotations.class_names))
+    counts = np.bincount(annotations.labels[counted(annotations, iou_type)], minlength=len(annotations.class_names))
     rows = {}
     for i, name in enumerate(annotations.class_names):
         values = {"AP": precision[:, :, i], "AP50": precision[0, :, i], "AR": recall[:, i]}
-        rows[name] = {key: _mean(value) for key, value in values.items()} | {"boxes": int(counts[i])}
+        rows[name] = {key: mean_known(value) for key, value in values.items()} | {"boxes": int(counts[i])}
     return rows

@@ -9,6 +9,7 @@ __all__ = ['CELLS', 'ap_of_draws', 'image_counts', 'compare_detections', 'Change
 
 # %% ../../nbs/50_evaluate/05_compare.ipynb #a5afc76c
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from ..base.annotations import Annotations
 from ..base.core import InputError
 from ..base.detections import Detections
 from .coco_metrics import IOU_THRESHOLDS, RECALLS, RIGHT, UNCOUNTED, label_tp_fp
-from .matching import check_pair, iou_pairs, turns
+from .matching import check_pair, counted, iou_pairs, turns
 from .operating_point import ALL, match_detections, threshold_curves
 
 # %% ../../nbs/50_evaluate/05_compare.ipynb #a12fe6c1
@@ -60,17 +61,18 @@ def ap_of_draws(
     annotations: Annotations,
     draws: np.ndarray,  # d n: how often each image is in each draw, whole numbers
     max_dets: int = 100,  # Detections that count, for each class in each image
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> tuple[np.ndarray, np.ndarray]:  # AP and AP50 of each draw; nan without objects
     "AP where images count more than once, or not at all."
-    pairs = iou_pairs(detections, annotations, IOU_THRESHOLDS[0], max_dets)
-    verdict, _ = label_tp_fp(pairs, detections, annotations)
+    pairs = iou_pairs(detections, annotations, IOU_THRESHOLDS[0], max_dets, iou_type)
+    verdict, there = label_tp_fp(pairs, detections, annotations, iou_type=iou_type)
     order = np.lexsort((-detections.scores, detections.labels))
     order = order[turns(detections)[order] < max_dets]
     ap = np.full((len(annotations.class_names), len(IOU_THRESHOLDS), len(draws)), np.nan)
     draws = np.asarray(draws).astype(np.int32)
     for label in range(len(ap)):
         rows = order[detections.labels[order] == label]
-        mine = ~annotations.iscrowd & (annotations.labels == label)
+        mine = there & (annotations.labels == label)
         objects = np.bincount(annotations.image_index[mine], minlength=len(annotations))
         if objects.any():
             step = max(1, CELLS // max(len(rows), 1))
@@ -83,12 +85,10 @@ def ap_of_draws(
     return mean[0] / count, mean[1] / count
 
 # %% ../../nbs/50_evaluate/05_compare.ipynb #1c261dd4
-def _f1_of_draws(
-    detections: Detections, annotations: Annotations, draws: np.ndarray, iou_threshold: float, max_dets: int
-) -> np.ndarray:
+def _f1_of_draws(detections: Detections, annotations: Annotations, draws: np.ndarray, *rule: Any) -> np.ndarray:
     "F1 of each draw, at the threshold that is best on all images."
-    threshold = threshold_curves(detections, annotations, iou_threshold, max_dets)[ALL].best()["threshold"]
-    tp, fp, fn = image_counts(detections, annotations, threshold, iou_threshold, max_dets).T
+    threshold = threshold_curves(detections, annotations, *rule)[ALL].best()["threshold"]
+    tp, fp, fn = image_counts(detections, annotations, threshold, *rule).T
     right = draws @ tp
     return 2 * right / np.maximum(2 * right + draws @ fp + draws @ fn, 1)
 
@@ -99,14 +99,15 @@ def image_counts(
     threshold: float,  # Score from which detections count
     iou_threshold: float = 0.5,  # An object is found from this overlap on
     max_dets: int = 100,  # Detections that count, for each class in each image
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> np.ndarray:  # n 3, int64: right, wrong, not found
     "TP, FP and FN of each image."
     loud = detections.filter(threshold)
-    matches = match_detections(loud, annotations, iou_threshold, max_dets)
+    matches = match_detections(loud, annotations, iou_threshold, max_dets, iou_type)
     n = len(annotations)
     masks = (matches.truth >= 0, (matches.truth < 0) & ~matches.ignored)
     predicted = [np.bincount(loud.image_index[mask], minlength=n) for mask in masks]
-    lost = np.bincount(annotations.image_index[~matches.found & ~annotations.iscrowd], minlength=n)
+    lost = np.bincount(annotations.image_index[~matches.found & counted(annotations, iou_type)], minlength=n)
     return np.stack([*predicted, lost], 1)
 
 # %% ../../nbs/50_evaluate/05_compare.ipynb #91c1b501
@@ -130,17 +131,18 @@ def compare_detections(
     iou_threshold: float = 0.5,  # For F1
     draws: int = 200,  # How often images are drawn again
     seed: int = 0,  # Of the draws
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> dict[str, dict]:  # AP, AP50, F1: first, second, difference, its 95 % interval, the share of draws that is better
     "How much better the second is than the first, and how sure that is."
-    check_pair(first, annotations)
-    check_pair(second, annotations)
+    check_pair(first, annotations, iou_type)
+    check_pair(second, annotations, iou_type)
     if draws < 1:
         raise InputError(f"at least one draw is needed, found {draws}")
     n = len(annotations)
     drawn = np.random.default_rng(seed).multinomial(n, np.full(max(n, 1), 1 / max(n, 1)), draws)[:, :n]
     drawn = np.concatenate([np.ones((1, n), np.int64), drawn])
-    aps = [ap_of_draws(run, annotations, drawn, max_dets) for run in (first, second)]
-    f1 = [_f1_of_draws(run, annotations, drawn, iou_threshold, max_dets) for run in (first, second)]
+    aps = [ap_of_draws(run, annotations, drawn, max_dets, iou_type) for run in (first, second)]
+    f1 = [_f1_of_draws(run, annotations, drawn, iou_threshold, max_dets, iou_type) for run in (first, second)]
     columns = {"AP": (aps[0][0], aps[1][0]), "AP50": (aps[0][1], aps[1][1]), "F1": f1}
     return {name: _told(*pair) for name, pair in columns.items()}
 
@@ -177,11 +179,11 @@ def find_changes(
     thresholds: tuple[float, float],  # Score from which each counts
     iou_threshold: float = 0.5,  # An object is found from this overlap on
     max_dets: int = 100,  # Detections that count, for each class in each image
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> Changes:
     "Image by image and object by object."
     runs = (first, second)
-    counts = [image_counts(r, annotations, t, iou_threshold, max_dets) for r, t in zip(runs, thresholds)]
-    a, b = (
-        match_detections(r.filter(t), annotations, iou_threshold, max_dets).found for r, t in zip(runs, thresholds)
-    )
+    rule = (iou_threshold, max_dets, iou_type)
+    counts = [image_counts(r, annotations, t, *rule) for r, t in zip(runs, thresholds)]
+    a, b = (match_detections(r.filter(t), annotations, *rule).found for r, t in zip(runs, thresholds))
     return Changes(*counts, b & ~a, a & ~b)

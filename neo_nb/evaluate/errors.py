@@ -17,7 +17,7 @@ from ..base.annotations import Annotations
 from ..base.core import InputError
 from ..base.detections import Detections, check_tables
 from .coco_metrics import RIGHT, UNCOUNTED, WRONG, accumulate
-from .matching import Pairs, iou_pairs, match_greedy
+from .matching import Pairs, counted, iou_pairs, match_greedy
 from .operating_point import match_detections
 
 # %% ../../nbs/50_evaluate/04_errors.ipynb #3bdb45f4
@@ -47,13 +47,14 @@ def any_class(
     annotations: Annotations,
     rows: np.ndarray,  # k, int64: the detections that are asked about
     iou_threshold: float,  # The lowest overlap of interest, above 0
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> tuple[Pairs, Detections, Annotations]:  # Pairs speak of places in `rows`; both tables as if of one class
     "Pairs of some detections with objects of any class, crowd regions left out."
     some = detections.select(rows)
     some = replace(some, labels=np.zeros(len(rows), np.int32), class_names=("any",), category_ids=())
     there = replace(annotations, labels=np.zeros_like(annotations.labels), class_names=("any",), category_ids=())
-    pairs = iou_pairs(some, there, iou_threshold, max(len(rows), 1))
-    real = ~annotations.iscrowd[pairs.truth]
+    pairs = iou_pairs(some, there, iou_threshold, max(len(rows), 1), iou_type)
+    real = counted(annotations, iou_type)[pairs.truth]
     return Pairs(pairs.detection[real], pairs.truth[real], pairs.iou[real]), some, there
 
 
@@ -73,6 +74,7 @@ def find_errors(
     score_threshold: float = 0.0,  # Detections below it are not counted, and find nothing
     background_iou: float | None = None,  # Below it there is nothing; None: 0.1, or half of a low iou_threshold
     max_dets: int = 100,  # Detections that count, for each class in each image
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> Errors:
     "Say of every detection and every object what became of it. Raises `InputError` when the tables do not fit."
     check_tables(detections, annotations)
@@ -80,27 +82,27 @@ def find_errors(
     if not 0 < background_iou < iou_threshold:
         raise InputError(f"background_iou {background_iou} must be above 0 and below iou_threshold {iou_threshold}")
     high = np.flatnonzero(detections.scores >= np.float32(score_threshold))
-    matches = match_detections(detections.select(high), annotations, iou_threshold, max_dets)
+    matches = match_detections(detections.select(high), annotations, iou_threshold, max_dets, iou_type)
     kind = np.full(detections.num_boxes, NOT_COUNTED, np.uint8)
     truth = np.full(detections.num_boxes, -1)
     iou = np.zeros(detections.num_boxes, np.float32)
     kind[high[~matches.ignored]] = IS_RIGHT
     truth[high] = matches.truth
+    iou[high] = matches.iou
     rows = high[(matches.truth < 0) & ~matches.ignored]
-    kind[rows], truth[rows], iou[rows] = _kinds(detections, annotations, rows, iou_threshold, background_iou)
-    right = kind == IS_RIGHT
-    iou[right] = overlap_of(detections.boxes_xyxy[right], annotations.boxes_xyxy[truth[right]])
+    kind[rows], truth[rows], iou[rows] = _kinds(detections, annotations, rows, iou_threshold, background_iou, iou_type)
     has = np.zeros(len(annotations.labels), bool)
     has[truth[np.isin(kind, (LOCALISATION, CLASSIFICATION))]] = True
-    missing = ~matches.found & ~annotations.iscrowd
+    missing = ~matches.found & counted(annotations, iou_type)
     return Errors(kind, truth, iou, matches.found, missing & has, missing & ~has)
 
 # %% ../../nbs/50_evaluate/04_errors.ipynb #61f1f408
 def _kinds(
-    detections: Detections, annotations: Annotations, rows: np.ndarray, iou_threshold: float, background_iou: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    detections: Detections, annotations: Annotations, rows: np.ndarray, iou_threshold: float, background_iou: float,
+    iou_type: str,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     "Kind, object and overlap of wrong detections."
-    pairs, _, _ = any_class(detections, annotations, rows, background_iou)
+    pairs, _, _ = any_class(detections, annotations, rows, background_iou, iou_type)
     same = detections.labels[rows][pairs.detection] == annotations.labels[pairs.truth]
     own_iou, own = _best(pairs, same, len(rows))
     other_iou, other = _best(pairs, ~same, len(rows))
@@ -137,13 +139,14 @@ def confusion_matrix(
     iou_threshold: float = 0.5,  # An object is found from this overlap on
     score_threshold: float = 0.0,  # Detections below it do not count
     max_dets: int = 100,  # Detections that count, for each class in each image
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> np.ndarray:  # k + 1 k + 1, int64: true class by row, class said by column; the last: background
     "Count which class was taken for which."
     detections = detections.filter(score_threshold)
     classes = len(annotations.class_names)
-    matches = match_detections(detections, annotations, iou_threshold, max_dets)
+    matches = match_detections(detections, annotations, iou_threshold, max_dets, iou_type)
     rows = np.flatnonzero((matches.truth < 0) & ~matches.ignored)
-    pairs, some, there = any_class(detections, annotations, rows, iou_threshold)
+    pairs, some, there = any_class(detections, annotations, rows, iou_threshold, iou_type)
     free = ~matches.found[pairs.truth]
     pairs = Pairs(pairs.detection[free], pairs.truth[free], pairs.iou[free])
     taken = match_greedy(pairs, some, there, (iou_threshold,))
@@ -156,7 +159,7 @@ def confusion_matrix(
     )
     cells = (predicted * (classes + 1) + detections.labels)[~matches.ignored]
     table = np.bincount(cells, minlength=(classes + 1) ** 2).reshape(classes + 1, -1)
-    there_are = np.bincount(annotations.labels[~annotations.iscrowd], minlength=classes)
+    there_are = np.bincount(annotations.labels[counted(annotations, iou_type)], minlength=classes)
     table[:classes, classes] = there_are - table[:classes, :classes].sum(1)
     return table
 
@@ -194,10 +197,11 @@ def delta_ap(
     iou_threshold: float = 0.5,  # An object is found from this overlap on
     background_iou: float | None = None,  # Below it there is nothing; None: 0.1, or half of a low iou_threshold
     max_dets: int = 100,  # Detections that count, for each class in each image
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> dict[str, dict[str, float]]:  # Kind: `count` and `cost`, in AP at that IoU, 0..1
     "What each kind of error costs, over all scores."
-    errors = find_errors(detections, annotations, iou_threshold, 0.0, background_iou, max_dets)
-    real = ~annotations.iscrowd
+    errors = find_errors(detections, annotations, iou_threshold, 0.0, background_iou, max_dets, iou_type)
+    real = counted(annotations, iou_type)
     scores = detections.scores
     objects = np.bincount(annotations.labels[real], minlength=len(annotations.class_names))
     counts = errors.counts()

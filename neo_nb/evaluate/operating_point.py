@@ -16,7 +16,7 @@ import numpy as np
 from ..base.annotations import Annotations
 from ..base.detections import Detections
 from .coco_metrics import coco_metrics
-from .matching import iou_pairs, match_greedy, turns
+from .matching import counted, iou_pairs, match_greedy, turns
 
 # %% ../../nbs/50_evaluate/02_operating_point.ipynb #aeef8855
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,7 @@ class Matches:
     truth: np.ndarray  # m, int64: row of the object that the detection found; -1: none
     ignored: np.ndarray  # m, bool: neither right nor wrong: in an ignore region, or beyond max_dets
     found: np.ndarray  # n, bool: which objects were found, at any score
+    iou: np.ndarray  # m, float64: overlap with the object found; 0 without one
 
 # %% ../../nbs/50_evaluate/02_operating_point.ipynb #c7a1ff5a
 def match_detections(
@@ -33,19 +34,24 @@ def match_detections(
     annotations: Annotations,
     iou_threshold: float = 0.5,  # An object is found from this overlap on
     max_dets: int = 100,  # Detections that count, for each class in each image
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> Matches:
     "Match detections to objects, image by image and class by class."
-    pairs = iou_pairs(detections, annotations, iou_threshold, max_dets)
-    taken = match_greedy(pairs, detections, annotations, (iou_threshold,))
+    pairs = iou_pairs(detections, annotations, iou_threshold, max_dets, iou_type)
+    excusing = ~counted(annotations, iou_type)
+    taken = match_greedy(pairs, detections, annotations, (iou_threshold,), excusing)
     took = taken.truth[0]
-    excused = (took >= 0) & annotations.iscrowd[took] if len(took) else took.astype(bool)
+    excused = (took >= 0) & excusing[took] if len(took) else took.astype(bool)
     truth = np.full(detections.num_boxes, -1)
     found = np.zeros(len(annotations.labels), bool)
     truth[taken.detection] = np.where(excused, -1, took)
     ignored = turns(detections) >= max_dets
     ignored[taken.detection[excused]] = True
     found[truth[truth >= 0]] = True
-    return Matches(truth, ignored, found)
+    iou = np.zeros(detections.num_boxes)
+    own = truth[pairs.detection] == pairs.truth
+    iou[pairs.detection[own]] = pairs.iou[own]
+    return Matches(truth, ignored, found, iou)
 
 # %% ../../nbs/50_evaluate/02_operating_point.ipynb #ef8e7bb9
 @dataclass(frozen=True, eq=False)
@@ -107,13 +113,17 @@ def threshold_curves(
     annotations: Annotations,
     iou_threshold: float = 0.5,  # An object is found from this overlap on
     max_dets: int = 100,  # Detections that count, for each class in each image
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> dict[str, Curve]:  # `ALL` first, every detection of every class in one; then class by class
     "Precision, recall and F1 over all thresholds."
-    return _curves(match_detections(detections, annotations, iou_threshold, max_dets), detections, annotations)
+    matches = match_detections(detections, annotations, iou_threshold, max_dets, iou_type)
+    return _curves(matches, detections, annotations, counted(annotations, iou_type))
 
 
-def _curves(matches: Matches, detections: Detections, annotations: Annotations) -> dict[str, Curve]:
-    counts, objects = ~matches.ignored, ~annotations.iscrowd
+def _curves(
+    matches: Matches, detections: Detections, annotations: Annotations, objects: np.ndarray
+) -> dict[str, Curve]:
+    counts = ~matches.ignored
     right = matches.truth >= 0
     curves = {}
     curves[ALL] = _curve(detections.scores[counts], right[counts], int(objects.sum()))
@@ -159,16 +169,18 @@ def f1_intervals(
     iou_threshold: float = 0.5,  # An object is found from this overlap on
     max_dets: int = 100,  # Detections that count, for each class in each image
     seed: int = 0,  # Of the draws
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> dict[str, dict]:  # `ALL` and each class: `F1_interval`, `threshold_interval`, two numbers each
     "95 % intervals of the best F1 and of its threshold, by drawing images again."
-    matches = match_detections(detections, annotations, iou_threshold, max_dets)
+    matches = match_detections(detections, annotations, iou_threshold, max_dets, iou_type)
     images = len(annotations)
-    curves = _curves(matches, detections, annotations)
+    there = counted(annotations, iou_type)
+    curves = _curves(matches, detections, annotations, there)
     draws = np.random.default_rng(seed).multinomial(images, np.full(max(images, 1), 1 / max(images, 1)), RESAMPLES)
     draws = draws[:, :images].astype(np.float32)
     result = {}
     for label, name in enumerate((ALL, *annotations.class_names)):
-        mine, objects = ~matches.ignored, ~annotations.iscrowd
+        mine, objects = ~matches.ignored, there
         if label:
             mine, objects = mine & (detections.labels == label - 1), objects & (annotations.labels == label - 1)
         each = np.bincount(annotations.image_index[objects], minlength=images)
@@ -183,13 +195,16 @@ def evaluate(
     max_dets: int = 100,  # Detections that count, for each class in each image
     iou_threshold: float = 0.5,  # For F1, precision and recall
     extra_max_dets: int | None = None,  # A second cap, such as the number of queries; adds `AP@300` and so on
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> dict:  # COCO's names, `F1 threshold precision recall TP FP FN`, intervals, `per_class`, …
     "All numbers of detections against annotations; -1 where there is nothing to measure."
-    result = coco_metrics(detections, annotations, max_dets, extra_max_dets)
-    curves = threshold_curves(detections, annotations, iou_threshold, max_dets)
-    sure = f1_intervals(detections, annotations, iou_threshold, max_dets)
+    result = coco_metrics(detections, annotations, max_dets, extra_max_dets, iou_type)
+    curves = threshold_curves(detections, annotations, iou_threshold, max_dets, iou_type)
+    sure = f1_intervals(detections, annotations, iou_threshold, max_dets, iou_type=iou_type)
     per_class = {name: row | curves[name].best() | sure[name] for name, row in result.pop("per_class").items()}
-    result |= curves[ALL].best() | sure[ALL] | {"images": len(annotations), "boxes": int((~annotations.iscrowd).sum())}
+    result |= curves[ALL].best() | sure[ALL]
+    result |= {"images": len(annotations), "boxes": int(counted(annotations, iou_type).sum())}
+    result |= {} if iou_type == "bbox" else {"iou_type": iou_type}
     return result | {"max_dets": max_dets, "iou_threshold": iou_threshold, "per_class": per_class}
 
 # %% ../../nbs/50_evaluate/02_operating_point.ipynb #ca0d7cbf

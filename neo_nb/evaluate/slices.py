@@ -17,7 +17,7 @@ from ..base.annotations import Annotations
 from ..base.core import InputError
 from ..base.detections import Detections
 from .coco_metrics import IOU_THRESHOLDS, RIGHT, WRONG, accumulate, label_tp_fp
-from .matching import Pairs, check_pair, iou_pairs, turns
+from .matching import Pairs, check_pair, counted, iou_pairs, turns
 from .operating_point import match_detections
 
 # %% ../../nbs/50_evaluate/03_slices.ipynb #5c36d533
@@ -28,9 +28,10 @@ def slice_row(
     threshold: float,  # Score from which detections count for F1
     areas: tuple[float, float] = (0, 1e10),  # Square pixels
     max_dets: int = 100,  # Detections that count, for each class in each image
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> dict[str, Any]:  # objects, AP, AP50, F1, precision, recall, TP, FP, FN; -1 with nothing to measure
     "The numbers of a part."
-    verdict, counts = label_tp_fp(pairs, detections, annotations, areas)
+    verdict, counts = label_tp_fp(pairs, detections, annotations, areas, iou_type=iou_type)
     return _row(verdict, counts, _in_order(detections, max_dets), detections, annotations, threshold)
 
 
@@ -70,9 +71,9 @@ def of_images(
         raise InputError(f"a choice of {len(images)} images from {len(annotations)}", annotations.name or None)
     number = np.cumsum(images) - 1
     mine = images[detections.image_index]
-    columns = {k: getattr(detections, k)[mine] for k in ("boxes_xyxy", "scores", "labels")}
-    index = number[detections.image_index[mine]]
-    return replace(detections, image_index=index, num_images=int(images.sum()), **columns), annotations.select(images)
+    some = detections.select(np.flatnonzero(mine))
+    some = replace(some, image_index=number[some.image_index], num_images=int(images.sum()))
+    return some, annotations.select(images)
 
 # %% ../../nbs/50_evaluate/03_slices.ipynb #668f2637
 BUCKETS = {"tiny": (0, 16**2), "small": (16**2, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
@@ -81,9 +82,9 @@ CROWDS = {"none": (0, 0), "1–10": (1, 10), "11–50": (11, 50), "51–100": (5
 MOST_TAGS = 20  # Tags that are listed, the most frequent ones
 
 
-def _choices(annotations: Annotations) -> dict[str, dict[str, np.ndarray]]:
+def _choices(annotations: Annotations, iou_type: str) -> dict[str, dict[str, np.ndarray]]:
     "Which images each slice takes."
-    each = np.bincount(annotations.image_index[~annotations.iscrowd], minlength=len(annotations))
+    each = np.bincount(annotations.image_index[counted(annotations, iou_type)], minlength=len(annotations))
     crowds = {name: (each >= low) & (each <= high) for name, (low, high) in CROWDS.items()}
     words = [set(str(tags).split()) for tags in annotations.tags]
     names, counts = np.unique([word for row in words for word in row] or [""], return_counts=True)
@@ -97,19 +98,19 @@ def slice_metrics(
     annotations: Annotations,
     threshold: float,  # Score from which detections count for F1
     max_dets: int = 100,  # Detections that count, for each class in each image
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> dict[str, dict[str, dict]]:  # "size", "tag", "objects per image": slice by name, its `slice_row` and `images`
     "The numbers of every slice."
-    check_pair(detections, annotations)
-    pairs = iou_pairs(detections, annotations, IOU_THRESHOLDS[0], max_dets)
+    check_pair(detections, annotations, iou_type)
+    pairs = iou_pairs(detections, annotations, IOU_THRESHOLDS[0], max_dets, iou_type)
     rows = {"size": {}}
-    verdict, counts = label_tp_fp(
-        pairs, detections, annotations
-    )  # images do not know of each other: once for all of them
+    # images do not know of each other: once for all of them
+    verdict, counts = label_tp_fp(pairs, detections, annotations, iou_type=iou_type)
     order = _in_order(detections, max_dets)
     for name, areas in BUCKETS.items():
-        row = slice_row(pairs, detections, annotations, threshold, areas, max_dets)
+        row = slice_row(pairs, detections, annotations, threshold, areas, max_dets, iou_type)
         rows["size"] |= {name: row} if row["objects"] else {}
-    for kind, choices in _choices(annotations).items():
+    for kind, choices in _choices(annotations, iou_type).items():
         rows[kind] = {}
         for name, images in choices.items():
             if images.any():
@@ -125,9 +126,10 @@ def calibration(
     iou_threshold: float = 0.5,  # A detection is right from this overlap on
     max_dets: int = 100,  # Detections that count, for each class in each image
     bins: int = 10,  # Parts of the scale of scores
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> dict[str, Any]:  # count, score, precision: one number a bin (-1: empty); ECE 0..1, -1 without detections
     "How far scores are from the share of right answers."
-    matches = match_detections(detections, annotations, iou_threshold, max_dets)
+    matches = match_detections(detections, annotations, iou_threshold, max_dets, iou_type)
     scores = detections.scores[~matches.ignored].astype(float)
     right = matches.truth[~matches.ignored] >= 0
     part = np.minimum((scores * bins).astype(int), bins - 1)

@@ -18,18 +18,20 @@ import pandas as pd
 from ..base.annotations import Annotations
 from ..base.boxes import xyxy_to_xywh
 from ..base.detections import Detections
-from .coco_metrics import IOU_THRESHOLDS, RECALLS, coco_metrics
+from .coco_metrics import IOU_THRESHOLDS, RECALLS, SIZES, coco_metrics
+from .matching import detection_areas
 
 # %% ../../nbs/50_evaluate/08_verify.ipynb #222198ff
-def _coco(table: Annotations, boxes: np.ndarray, image_index: np.ndarray, columns: dict[str, np.ndarray]) -> Any:
+def _coco(table: Annotations, boxes: np.ndarray, image_index: np.ndarray, columns: dict[str, Any]) -> Any:
     "pycocotools' index of some boxes; images are numbered by row."
     from pycocotools.coco import COCO
 
     rows = {"image_id": image_index + 1, "bbox": xyxy_to_xywh(boxes.astype(np.float64))} | columns
-    values = zip(*(column.tolist() for column in rows.values()))
+    values = zip(*(column.tolist() if isinstance(column, np.ndarray) else column for column in rows.values()))
     made = COCO()
+    sizes = table.sizes.tolist()
     made.dataset = {
-        "images": [{"id": i + 1} for i in range(len(table))],
+        "images": [{"id": i + 1, "height": h, "width": w} for i, (h, w) in enumerate(sizes)],
         "categories": [{"id": i + 1, "name": name} for i, name in enumerate(table.class_names)],
         "annotations": [{"id": i + 1} | dict(zip(rows, row)) for i, row in enumerate(values)],
     }
@@ -41,13 +43,14 @@ def by_pycocotools(
     detections: Detections,
     annotations: Annotations,
     max_dets: int = 100,  # Detections that count, for each class in each image
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> dict[str, float]:  # AP, AP50, AP75, APs, APm, APl, AR1, AR10, and AR at `max_dets`
     "COCO's numbers by pycocotools."
     from pycocotools.cocoeval import COCOeval
 
     d, t = detections, annotations
     caps = [cap for cap in (1, 10) if cap < max_dets] + [max_dets]
-    areas = (d.boxes_xyxy[:, 2:] - d.boxes_xyxy[:, :2]).astype(np.float64).prod(1)
+    areas = detection_areas(d, iou_type)
     crowd = {"iscrowd": t.iscrowd.astype(int), "area": t.areas.astype(float), "category_id": t.labels + 1}
     found = {
         "score": d.scores.astype(float),
@@ -55,11 +58,19 @@ def by_pycocotools(
         "category_id": d.labels + 1,
         "iscrowd": np.zeros(d.num_boxes, int),
     }
+    if iou_type == "segm":
+        crowd["segmentation"], found["segmentation"] = (table.masks.to_rle() for table in (t, d))
+    if iou_type == "keypoints":
+        crowd["num_keypoints"] = (t.keypoints[..., 2] > 0).sum(1)
+        flat = (len(t.skeleton) * 3,)
+        crowd["keypoints"], found["keypoints"] = (x.keypoints.astype(float).reshape(-1, *flat) for x in (t, d))
     with contextlib.redirect_stdout(io.StringIO()):
-        run = COCOeval(
-            _coco(t, t.boxes_xyxy, t.image_index, crowd), _coco(t, d.boxes_xyxy, d.image_index, found), "bbox"
-        )
+        truth = _coco(t, t.boxes_xyxy, t.image_index, crowd)
+        run = COCOeval(truth, _coco(t, d.boxes_xyxy, d.image_index, found), iou_type)
         run.params.maxDets = caps
+        run.params.areaRng, run.params.areaRngLbl = [list(pair) for pair in SIZES.values()], list(SIZES)
+        if iou_type == "keypoints":
+            run.params.kpt_oks_sigmas = np.asarray(t.skeleton.sigmas, np.float64)
         run.evaluate()
         run.accumulate()
     precision, recall = run.eval["precision"], run.eval["recall"]
