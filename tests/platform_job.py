@@ -5,6 +5,8 @@ import logging
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,3 +133,25 @@ class Platform:
     def close(self) -> None:
         self.running.stop()
         self.storage.stop()
+
+
+def wait_for(true: Callable[[], bool], job: subprocess.Popen, timeout: float = 300) -> None:
+    """Until something is true; a job that ended before is an error."""
+    began = time.monotonic()
+    while not true():
+        assert job.poll() is None, f"the job ended with status {job.returncode} before that"
+        assert time.monotonic() - began < timeout, "it took too long"
+        time.sleep(0.02)
+
+
+def workers(name: str, words: str = "") -> list[int]:
+    """Processes that work for a job, and not its supervisor; those with these words in their command."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            mine = f"NEO_JOB={name}".encode() in (place / "environ").read_bytes().split(b"\0")
+            if mine and words in (place / "cmdline").read_bytes().replace(b"\0", b" ").decode():
+                found.append(int(place.name))
+        except OSError:
+            continue
+    return found

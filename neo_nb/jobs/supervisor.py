@@ -168,7 +168,7 @@ def _read_lines(stream: Any, on_line: Callable[[str], None], kept: deque[str]) -
         on_line(rest.strip())
 
 # %% ../../nbs/72_jobs/15_supervisor.ipynb #af263836
-@dataclass
+@dataclass(repr=False)
 class Job:
     "A job at work."
 
