@@ -252,11 +252,25 @@ def last_word(self: Keeper) -> None:
             self.job.reporter.print("WARNING", str(error))
 
 # %% ../../nbs/72_jobs/17_checkpoints.ipynb #74cb1357
+def _own_run(job: Job) -> Path | None:
+    "The run on this disk."
+    name = f"{job.address.kind}-{job.address.job_id}"
+    return next((run for run in run_folders(job.folder / "reports") if read_record(run).get("job") == name), None)
+
+
+def _take_run(job: Job, keeper: Keeper) -> None:
+    "Store the state of the run on this disk."
+    run, folder = _own_run(job), job.folder / "events" / f"state-{time.time_ns()}"
+    folder.mkdir(parents=True)
+    for name in (STATE, "last.safetensors", "best.safetensors"):
+        if run is not None and (run / "weights" / name).is_file():
+            (folder / name).hardlink_to(run / "weights" / name)
+    keeper.take(folder, dict(keeper.at), ended=False)
+
+
 def _step_here(job: Job) -> tuple[int, dict[str, Any]]:  # -1: there is nothing here
     "How far the run on this disk is, and what was known of the job."
-    name = f"{job.address.kind}-{job.address.job_id}"
-    own = (run for run in run_folders(job.folder / "reports") if read_record(run).get("job") == name)
-    run, file = next(own, None), job.folder / "state.json"
+    run, file = _own_run(job), job.folder / "state.json"
     if run is None or not (run / "weights" / STATE).is_file() or not file.is_file():
         return -1, {}
     known = json.loads(file.read_text(encoding="utf-8"))
@@ -287,9 +301,14 @@ def restore(
         told = f"the run of attempt {known['attempt']} is here"
     else:
         told = ""
+    if not isinstance(place, Presigned):
+        names = [name for name in ("best.pt", "last.pt") if place.has(f"{keeper.prefix}/{name}")]
+        keeper.stored |= {name: place.uri(f"{keeper.prefix}/{name}") for name in names}
     keeper.attempt, keeper.reported = known.get("attempt", 0) + 1, known.get("reported", 0)
     keeper.at = {key: known.get(key, 0) for key in ("step", "epoch")}
     job.reporter.restore(known.get("waiting") or {})
+    if here > stored.get("step", -1):  # the first attempt ended before it was stored
+        _take_run(job, keeper)
     return f"{told}: going on after update {known['step']:,}, epoch {known.get('epoch', 0)}" if told else ""
 
 # %% ../../nbs/72_jobs/17_checkpoints.ipynb #b2b72866

@@ -295,7 +295,8 @@ class Mask:
         self,
         environment: Mapping[str, str] = {},  # Name → value
     ):
-        values = {value for name, value in environment.items() if is_secret(name) and len(value) > 3}
+        usual = ("true", "false", "none", "null", "auto")  # of TOKENIZERS_PARALLELISM and the like: no secrets
+        values = {value for name, value in environment.items() if is_secret(name) and len(value) > 3} - {*usual}
         self.values = sorted(values, key=len, reverse=True)  # one that holds another one first
 
     def text(

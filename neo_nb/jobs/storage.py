@@ -275,6 +275,10 @@ class Folder:
     ):
         self.root = Path(root)
 
+    def uri(self, key: str) -> str:
+        "A file as others name it."
+        return str(self.root / key)
+
     def entries(self, prefix: str) -> Iterator[Entry]:
         "All files under a prefix."
         start = self.root / prefix

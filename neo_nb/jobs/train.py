@@ -8,7 +8,6 @@
 __all__ = ['BEAT', 'Watch', 'main']
 
 # %% ../../nbs/72_jobs/18_train.ipynb #4e43b683
-import csv
 import sys
 import time
 from collections.abc import Mapping
@@ -56,6 +55,9 @@ class Watch:
             self.evaluated(event)
         elif what == "checkpoint":
             self.keeper.take(Path(event["folder"], event["state"]), event, event["whole"])
+        elif what == "end" and self.row is None and event["result"]["last"]:  # an earlier attempt had done it all
+            self.row, self.best = event["result"]["last"], event["result"]["best"] or event["result"]["last"]
+            self.job.epochs, self.job.metrics = self.row["epoch"], metrics_of(self.row, self.monitor) or {}
 
 # %% ../../nbs/72_jobs/18_train.ipynb #9940a92b
 @patch
@@ -119,17 +121,6 @@ def finish(self: Watch) -> None:
     job.reporter.log(f"done: {job.epochs} epochs{why}, {self.monitor} {best.get(self.monitor, -1):.4f} at its best")
     job.reporter.completed(body, numbers, job.artifacts)
 
-# %% ../../nbs/72_jobs/18_train.ipynb #077cdb05
-def _rows(job: Job) -> list[dict[str, Any]]:
-    "What an earlier attempt measured, from the run that is here."
-    found = []
-    for run in run_folders(job.folder / "reports")[:1]:
-        if (run / "results.csv").is_file():
-            with (run / "results.csv").open(encoding="utf-8", newline="") as file:
-                rows = ({key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file))
-                found = [row | {"epoch": int(row["epoch"])} for row in rows]
-    return found
-
 # %% ../../nbs/72_jobs/18_train.ipynb #025505b7
 def _train(job: Job) -> None:
     "Settings, data, a run that may be there already, the training, the end."
@@ -165,9 +156,6 @@ def _train(job: Job) -> None:
     job.must(ended)
     if problem:
         raise JobFailed("Network", f"{problem}; the run is in {job.folder / 'reports'}")
-    if watch.row is None and (rows := _rows(job)):  # an earlier attempt had done it all
-        watch.row, watch.best = rows[-1], max(rows, key=lambda row: row.get(config.monitor, -1.0))
-        job.epochs = watch.row["epoch"]
     watch.finish()
 
 # %% ../../nbs/72_jobs/18_train.ipynb #62b98dd7
