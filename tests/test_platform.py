@@ -217,6 +217,37 @@ def test_what_makes_no_sense_is_told_to_the_platform(platform, name, tmp_path, m
     assert platform.backend.wrong == []
 
 
+STOPPED = """
+import sys, time
+from neo_nb.jobs.supervisor import supervise
+worker = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('now', 'ready', flush=True); time.sleep(60)"
+
+
+def act(job):
+    if sys.argv[1] == "worker":
+        job.must(job.work(["-c", worker], program=[sys.executable]))
+    job.reporter.log("now ready")
+    time.sleep(60)
+
+
+sys.exit(supervise("train", act))
+"""
+
+
+@pytest.mark.parametrize("where", ["worker", "before"])
+def test_a_container_that_is_asked_to_stop_says_so(platform, where, tmp_path):
+    known = platform.environment(25, disk=f"stopped-{where}") | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, "-c", STOPPED, where], env=os.environ | known, stdout=out)
+    wait_for(lambda: "now ready" in log.read_text(), process)
+    process.terminate()
+    assert process.wait(30) == 1
+    told = of(platform, 25, "completion")[-1]["error_message"]
+    assert told.startswith("[Resource] stopped by SIGTERM")
+    assert not workers("train-25")
+
+
 def test_a_refusal_of_the_last_word_is_an_exit_status(platform, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     from neo_nb.jobs.supervisor import supervise

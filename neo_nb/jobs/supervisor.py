@@ -185,13 +185,14 @@ class Job:
     metrics: dict[str, Any] = field(default_factory=dict)  # Of the last epoch
     artifacts: dict[str, Any] = field(default_factory=dict)  # best_checkpoint, last_checkpoint
     process: subprocess.Popen | None = None
+    starting: bool = False  # A worker is about to be there: a signal waits for it
     after: Callable[[], None] = lambda: None  # Once the platform knows all that it could be told
 
     def handle(self, number: int, _frame: Any = None) -> None:
         "A signal came."
         again = bool(self.why)
         self.why = self.why or signal.Signals(number).name
-        if self.closing:
+        if self.closing or self.starting:
             return
         if self.process is None:
             raise Interrupted(f"stopped by {self.why}")
@@ -220,12 +221,14 @@ def work(
     own |= {"NEO_JOB": f"{self.address.kind}-{self.address.job_id}", "PYTHONUNBUFFERED": "1"}
     self.reporter.log("neo " + " ".join(words))
     kept: deque[str] = deque(maxlen=200)
-    if self.why:
-        raise Interrupted(f"stopped by {self.why}")
+    self.starting = True
     self.process = subprocess.Popen(
         [*program, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=plain(self.environment) | own, cwd=self.folder, preexec_fn=_die_with_parent,
     )  # fmt: skip
+    self.starting = False
+    if self.why:  # a signal came just now
+        self.process.terminate()
     reader = threading.Thread(
         target=_read_lines, args=(self.process.stdout, lambda line: self.reporter.log(line), kept), daemon=True
     )
