@@ -47,7 +47,7 @@ def of(platform: Platform, job: int, name: str) -> list[dict]:
 def kill_at(platform: Platform, job: int, process, whom: str, moment: float) -> str:
     """Kill somebody so many seconds after the worker began; where the training was then."""
     name = f"train-{job}"
-    while not workers(name, "ipykernel_launcher") and process.poll() is None:
+    while not workers(platform.folder, name, "ipykernel_launcher") and process.poll() is None:
         time.sleep(0.05)
     until = time.monotonic() + moment
     while time.monotonic() < until and process.poll() is None:
@@ -55,7 +55,7 @@ def kill_at(platform: Platform, job: int, process, whom: str, moment: float) -> 
     if process.poll() is not None:
         return "it had ended"
     words = {"runner": "neo_nb.cli.main", "kernel": "ipykernel_launcher", "container": ""}[whom]
-    victims = ([process.pid] if whom == "container" else []) + workers(name, words)
+    victims = ([process.pid] if whom == "container" else []) + workers(platform.folder, name, words)
     for victim in victims:
         try:
             os.kill(victim, 9)
@@ -134,7 +134,7 @@ def storage_down(platform: Platform, reference: dict) -> dict:
     """The storage goes when the data are there, and comes back when the training has nearly ended."""
     port = int(platform.endpoint.rpartition(":")[2])
     process = platform.start("train", environment(platform, 92, "92"), platform.folder / "92.log")
-    while not workers("train-92", "ipykernel_launcher") and process.poll() is None:
+    while not workers(platform.folder, "train-92", "ipykernel_launcher") and process.poll() is None:
         time.sleep(0.05)
     platform.storage.stop()
     while process.poll() is None and len(of(platform, 92, "results")) < EPOCHS:

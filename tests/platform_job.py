@@ -144,12 +144,14 @@ def wait_for(true: Callable[[], bool], job: subprocess.Popen, timeout: float = 3
         time.sleep(0.02)
 
 
-def workers(name: str, words: str = "") -> list[int]:
-    """Processes that work for a job, and not its supervisor; those with these words in their command."""
+def workers(folder: Path, name: str, words: str = "") -> list[int]:
+    """Processes that work for a job in this folder, and not its supervisor; those with these words in their command."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            mine = f"NEO_JOB={name}".encode() in (place / "environ").read_bytes().split(b"\0")
+            known = (place / "environ").read_bytes().split(b"\0")
+            root = next((word for word in known if word.startswith(b"NEO_ROOT=")), b"").decode()
+            mine = f"NEO_JOB={name}".encode() in known and root.startswith(f"NEO_ROOT={folder}/")
             if mine and words in (place / "cmdline").read_bytes().replace(b"\0", b" ").decode():
                 found.append(int(place.name))
         except OSError:

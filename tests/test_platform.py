@@ -67,7 +67,7 @@ def trained(platform):
     other = platform.environment(18, disk="second", CONFIG=json.dumps(config | {"colour": "red"}))
     jobs = [platform.start("train", known, platform.folder / f"{n}.log") for n, known in ((17, one), (18, other))]
     wait_for(lambda: "checkpoints/18/last.pt" in platform.keys("checkpoints/18/"), jobs[1])
-    for process in workers("train-18", "neo_nb.cli.main"):
+    for process in workers(platform.folder, "train-18", "neo_nb.cli.main"):
         os.kill(process, 9)
     killed = jobs[1].wait(120)
     failed = of(platform, 18, "completion")
@@ -245,7 +245,7 @@ def test_a_container_that_is_asked_to_stop_says_so(platform, where, tmp_path):
     assert process.wait(30) == 1
     told = of(platform, 25, "completion")[-1]["error_message"]
     assert told.startswith("[Resource] stopped by SIGTERM")
-    assert not workers("train-25")
+    assert not workers(platform.folder, "train-25")
 
 
 def test_a_refusal_of_the_last_word_is_an_exit_status(platform, tmp_path, monkeypatch):

@@ -243,11 +243,11 @@ def close(self: Keeper) -> str:  # What could not be stored; empty when all is
 # %% ../../nbs/72_jobs/17_checkpoints.ipynb #1e76a572
 @patch
 def last_word(self: Keeper) -> None:
-    "What the platform could not be told, for another attempt on another disk."
-    waiting = self.note()
-    if any(waiting["waiting"].values()) and not isinstance(self.place, Presigned):
+    "What was said since the last state, and what could not be said, for another attempt on another disk."
+    known = self.note()
+    if not isinstance(self.place, Presigned):
         try:
-            self.write_state(waiting)
+            self.write_state(known)
         except (StorageFailed, InputError, OSError) as error:
             self.job.reporter.print("WARNING", str(error))
 
