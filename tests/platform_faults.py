@@ -149,6 +149,7 @@ def storage_down(platform: Platform, reference: dict) -> dict:
 
 def page(rows: list[dict], faults: list[dict], undisturbed: float) -> str:
     """What was found, for people."""
+    drawn, rows = len(rows), [row for row in rows if row["first"] != 0]  # a first attempt that ended well was not hit
     good = sum(row["weights"] and row["all"] and row["second"] == 0 for row in rows)
     lines = ["# neo job under faults", ""]
     lines += [
@@ -159,6 +160,8 @@ def page(rows: list[dict], faults: list[dict], undisturbed: float) -> str:
         f"Killed by SIGKILL at {len(rows)} random moments, and tried again: {good} of {len(rows)} came to the same weights, bit by bit, with every epoch known to the backend.",
         "",
     ]
+    if drawn > len(rows):
+        lines[-1:] = [f"{drawn - len(rows)} of {drawn} signals hit nobody: that job ended well by itself.", ""]
     names = ["killed", "seconds", "when", "disk", "told", "epochs", "weights"]
     lines += [
         "| killed | s after the kernel began | when | second attempt's disk | last words | validation rows | weights |",
@@ -174,7 +177,7 @@ def page(rows: list[dict], faults: list[dict], undisturbed: float) -> str:
         "",
     ]
     lines += [
-        "| fault | exit status | messages that waited on disk | every message, in order, and the same weights |",
+        "| fault | exit status | messages that waited on disk | every message that was not refused, in order; the same weights |",
         "|---|---|---|---|",
     ]
     lines += [
