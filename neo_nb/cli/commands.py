@@ -232,7 +232,11 @@ def models(
     text = f"{short.reset_index().to_string(index=False)}\n\nM: millions of parameters. GFLOPs of one image at "
     text += f"{size[0]} x {size[1]} (height x width). COCO AP: of the published weights, by their makers. bccd AP, CPU ms: "
     text += "measured here on two cores, see reports/kept/cpu. Input and boxes per image: --json"
-    return Result(text, {"models": table.reset_index().to_dict("records")})
+    from neo_nb.jobs.capabilities import capabilities
+
+    rows = table.reset_index().to_dict("records")
+    told = capabilities(rows)  # what a training platform reads, and our own columns beside it
+    return Result(text, told | {"models": [row | known for row, known in zip(rows, told["models"])]})
 
 # %% ../../nbs/90_cli/02_commands.ipynb #cc186790
 DEMO = {

@@ -30,6 +30,7 @@ from neo_nb.cli.data_commands import (
 )
 from .deploy_commands import benchmark, export
 from .edge_command import edge
+from .job_command import job
 from .label_command import label, review
 from .launch_command import launch
 from .page_commands import report
@@ -86,6 +87,7 @@ COMMANDS: dict[str, tuple[Callable[..., Result], str]] = {
     "serve": (serve, "a detector behind HTTP: batches, limits, metrics, a page to try it"),
     "runs": (runs, "all runs: what, on which data, how good, when; --sort AP, --data, --kind"),
     "launch": (launch, "one of these commands elsewhere: Hugging Face Jobs, SkyPilot, Slurm, Kubernetes"),
+    "job": (job, "a training platform's container: train, predict, export or evaluate as its variables say"),
     "dashboard": (dashboard, "the curves of all runs in a browser"),
     "lab": (lab, "JupyterLab on the explore notebook"),
 }

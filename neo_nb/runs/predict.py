@@ -46,7 +46,7 @@ def predict_files(
     classes: Sequence[str] = (),  # Names of the classes wanted; all when there is none
     format: str = "json",  # A key of `WRITTEN`: what is written beside predictions.json
     image_seconds: float | None = None,  # Say which images took longer than this to detect
-) -> dict:  # detector, device, precision, threshold, counts by class name, images: file, size, detections
+) -> dict:  # detector, device, precision, threshold, counts by class name, images: file, size, detections, ms
     "Detect in images; write an image each, and the boxes. Bad input takes the folder away again."
     run = Path(run)
     try:
@@ -55,11 +55,13 @@ def predict_files(
         opened = load_detector(detector, device, precision=precision) if named else detector
         opened = TiledDetector(opened, tile, overlap) if tile else opened
         threshold = opened.threshold if threshold is None else threshold
-        found = _detect(opened, files, run, threshold, classes or None, 1 if tile else batch_size, image_seconds)
+        found, times = _detect(
+            opened, files, run, threshold, classes or None, 1 if tile else batch_size, image_seconds
+        )
         counts = np.bincount(found.labels, minlength=len(found.class_names)).tolist()
         by_class = {name: count for name, count in zip(found.class_names, counts) if count}
         about = {"detector": str(opened), **describe_device(opened.device, opened.precision), "threshold": threshold}
-        about |= {"counts": by_class, "images": to_dicts(found)}
+        about |= {"counts": by_class, "images": [row | {"ms": ms} for row, ms in zip(to_dicts(found), times)]}
         with atomic_write(run / WRITTEN["json"]) as path:
             path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if format != "json":
@@ -78,15 +80,16 @@ def _detect(
     classes: Sequence[str] | None,
     count: int,
     image_seconds: float | None,
-) -> Detections:
+) -> tuple[Detections, list[float]]:  # And milliseconds of each image, from its file to its boxes
     "Batch by batch: detect, draw, write. Away from a terminal the bar is a line now and then."
-    parts, sources = [Detections.empty(len(files), detector.class_names, detector.category_ids)], []
+    parts, sources, times = [Detections.empty(len(files), detector.class_names, detector.category_ids)], [], []
     often = {} if sys.stderr.isatty() else {"mininterval": 20, "maxinterval": 20}
     with tqdm(total=len(files), desc="predict", unit="image", delay=1, **often) as bar:
         for start in range(0, len(files), count):
             some, begin = list(files[start : start + count]), time.perf_counter()
             found = detector(some, threshold, classes, count, progress=False)
             each = (time.perf_counter() - begin) / len(some)
+            times += [round(1000 * each, 2)] * len(some)
             if image_seconds is not None and each > image_seconds:
                 print(f"{', '.join(path.name for path in some)}: {each:.2f} s per image", file=sys.stderr)
             for number, one in enumerate(found, start):
@@ -94,7 +97,7 @@ def _detect(
             parts.append(replace(found, image_index=found.image_index + start, num_images=len(files), images=()))
             sources += found.images
             bar.update(len(found))
-    return concat(parts, tuple(sources))
+    return concat(parts, tuple(sources)), times
 
 # %% ../../nbs/70_runs/07_predict.ipynb #1a6537af
 def record_prediction(

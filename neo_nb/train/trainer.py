@@ -30,7 +30,7 @@ from ..data.loader import make_loader
 from ..evaluate.operating_point import evaluate
 from ..losses.matcher import CapacityError
 from ..models.weights import save_weights
-from .callbacks import Callbacks
+from .callbacks import Callbacks, watched
 from .checkpoint import load_state, rng_state, save_state, set_rng_state
 from .config import TrainConfig
 from .interrupt import Interrupt
@@ -367,7 +367,7 @@ def train(
     callbacks: Sequence[Any] = (),  # Each a `Callback`; in several processes the first one alone calls them
 ) -> dict[str, Any]:  # best, last: metrics of an epoch; epochs, minutes, interrupted
     "Train a detector. Raises `InputError`, `NonFiniteLoss` when the loss breaks, `CallbackFailed`."
-    told = Callbacks(callbacks)  # before anything is made: a misspelt one is refused here
+    told = Callbacks([*callbacks, *watched()])  # before anything is made: a misspelt one is refused here
     if resume and config.pretrained == "auto":  # last.pt has its weights: nothing is looked for
         config = config.model_copy(update={"pretrained": "none"})
     trainer = Trainer(config, Path(run), train_table, val_table)
@@ -375,6 +375,8 @@ def train(
         trainer.callbacks = told
     if resume:
         trainer.load(Path(run) / "weights" / "last.pt")
+        if trainer.history and trainer.accelerator.is_main_process:  # a run that was put together again has no rows
+            write_csv(trainer.history, Path(run) / "results.csv")
     result = trainer.fit()
     if trainer.accelerator.num_processes > 1:
         trainer.accelerator.end_training()  # or a process may leave while another still talks to it
