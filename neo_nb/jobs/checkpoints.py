@@ -251,7 +251,7 @@ def last_word(self: Keeper) -> None:
         except (StorageFailed, InputError, OSError) as error:
             self.job.reporter.print("WARNING", str(error))
 
-# %% ../../nbs/72_jobs/17_checkpoints.ipynb #74cb1357
+# %% ../../nbs/72_jobs/17_checkpoints.ipynb #988c353e
 def _own_run(job: Job) -> Path | None:
     "The run on this disk."
     name = f"{job.address.kind}-{job.address.job_id}"
@@ -276,7 +276,7 @@ def _step_here(job: Job) -> tuple[int, dict[str, Any]]:  # -1: there is nothing 
     known = json.loads(file.read_text(encoding="utf-8"))
     return known["step"], known
 
-
+# %% ../../nbs/72_jobs/17_checkpoints.ipynb #5b44d847
 def restore(
     job: Job,
     keeper: Keeper,

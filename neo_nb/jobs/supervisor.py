@@ -249,8 +249,6 @@ def work(
         end_leftovers(folder)
         self.process = None
         reader.join(5)
-    for event in events.new():
-        on_event(event | {"folder": str(folder)})
     return Ended(status, list(kept))
 
 # %% ../../nbs/72_jobs/15_supervisor.ipynb #4ecde130
