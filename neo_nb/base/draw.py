@@ -104,6 +104,8 @@ def draw_masks(
     for row in np.flatnonzero(masks.present).tolist():
         ink = inks if one else PALETTE[int(inks[row]) % len(PALETTE)]
         rings = [np.round((r - np.float32(origin)) * scale * 16).astype(np.int32) for r in masks.outlines(row)]
+        if not rings:  # run lengths without a pixel
+            continue
         low, high = (np.concatenate(rings) // 16).min(0), (np.concatenate(rings) // 16).max(0) + 1
         x1, y1, x2, y2 = [*np.maximum(low, 0).tolist(), *np.minimum(high, canvas.shape[1::-1]).tolist()]
         if x1 >= x2 or y1 >= y2:

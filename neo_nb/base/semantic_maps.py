@@ -84,4 +84,9 @@ def attach_maps(
         raise InputError(
             f"none of the {len(table):,} images has a map here", folder, "maps are PNGs named as the images"
         )
+    owner: dict[str, int] = {}
+    for row, file in enumerate(files):
+        if file and owner.setdefault(file, row) != row:
+            what = f"is the map of image {table.image_ids[owner[file]]} and of image {table.image_ids[row]}"
+            raise InputError(what, file, "put the maps into folders as the images are")
     return replace(table, semantic_files=files, semantic_names=tuple(names))

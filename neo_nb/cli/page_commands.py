@@ -98,6 +98,7 @@ def _target(
     fresh: bool,
 ) -> Result:
     "What a machine can do: measured, built ahead, and what remains."
+    from neo_nb.models.checkpoint_files import RUNTIMES
     from neo_nb.models.zoo import check_model
     from neo_nb.recipes.target_page import compare_targets, read_targets, write_targets
     from neo_nb.recipes.target_report import make_target
@@ -111,7 +112,7 @@ def _target(
     require(*TRAINING, "onnx", "onnxscript")
     check_model(model)
     path = find_detector(weights) if weights else None
-    if path is not None and path.suffix in (".onnx", ".tflite", ".engine"):
+    if path is not None and path.suffix in RUNTIMES:
         raise InputError("a file that only runs", path, "give the weights that it was made of: it is exported anew")
     data = data_of(path, data, "val") if path else check_data(data or "scenes", "train", "val")
     if data is None:

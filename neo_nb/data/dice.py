@@ -45,9 +45,11 @@ def _flat(
     if split is not None:
         check_choice(split, dice_splits(document), f"split in {source}")
     classes = [c for c in document.get("classes") or [] if not (isinstance(c, dict) and c.get("name") == BACKGROUND)]
-    ground = {c["id"] for c in document.get("classes") or [] if isinstance(c, dict) and c.get("name") == BACKGROUND}
+    ground = {
+        c.get("id") for c in document.get("classes") or [] if isinstance(c, dict) and c.get("name") == BACKGROUND
+    }
     images, annotations, negatives = [], [], 0
-    for image in document["images"]:
+    for image in _numbered(document["images"], "file_name"):
         if not isinstance(image, dict) or (split is not None and str(image.get("split")) != split):
             images += [image] * (not isinstance(image, dict))  # a fault, said by the reader
             continue
@@ -155,7 +157,7 @@ def write_dice(
     document = coco_document(table)
     document.pop("info")
     for row in document["annotations"]:
-        if not row.get("segmentation"):
+        if not row.get("segmentation") and not row.get("keypoints"):  # then it is the box's
             row.pop("area")
         if not row["iscrowd"]:
             row.pop("iscrowd")

@@ -39,7 +39,7 @@ class Shape:
     label: str
     box: list[float]  # xyxy, pixels
     rings: list[list[float]] = field(default_factory=list)  # x y x y … of each polygon
-    crop: tuple[int, int, np.ndarray] | None = None  # Left, top, and the pixels from there on
+    crops: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # Left, top, and the pixels from there on
     points: dict[str, tuple[float, float, int]] = field(default_factory=dict)  # Keypoint → x, y, visibility
     iscrowd: bool = False
 
@@ -111,9 +111,11 @@ def tables_of(
 def _skeleton(named: Sequence[Named]) -> Skeleton | None:
     "What the keypoints of an export are: as it says, COCO's person, or their names in the order they occur."
     stated = next((image.skeleton for image in named if image.skeleton), None)
+    names = list(dict.fromkeys(name for image in named for shape in image.shapes for name in shape.points))
+    if stated and (odd := sorted(set(names) - set(stated["names"]))):
+        raise InputError(f"no keypoint is called {odd[0]!r}", named[0].where, f"{', '.join(stated['names'])} are")
     if stated:
         return Skeleton(**stated)
-    names = list(dict.fromkeys(name for image in named for shape in image.shapes for name in shape.points))
     return (COCO_PERSON if set(names) <= set(COCO_PERSON.names) else skeleton_for(names)) if names else None
 
 # %% ../../nbs/20_data/23_exports.ipynb #28c6b0aa
@@ -126,11 +128,7 @@ def _size(path: Path, problems: list[Issue] | None, key: str) -> tuple[int, int]
 
 # %% ../../nbs/20_data/23_exports.ipynb #19eba518
 def _table(
-    rows: list[tuple[str, tuple[int, int], Named]],
-    names: list[str],
-    folder: Folder,
-    source: str,
-    skeleton: Skeleton | None,
+    rows: list[tuple[str, tuple, Named]], names: list[str], folder: Folder, source: str, skeleton: Skeleton | None
 ) -> Annotations:
     "One split."
     label = {name: i for i, name in enumerate(names)}
@@ -155,12 +153,12 @@ def _table(
 # %% ../../nbs/20_data/23_exports.ipynb #f0a9e17a
 def _segmentation(shape: Shape, size: tuple[int, int]) -> Any:
     "A shape's mask as COCO has it."
-    if shape.crop is None:
+    if not shape.crops:
         return shape.rings or None
-    left, top, pixels = shape.crop
     whole = np.zeros(size, bool)
-    part = whole[max(top, 0) : top + pixels.shape[0], max(left, 0) : left + pixels.shape[1]]
-    part[:] = pixels[max(-top, 0) :, max(-left, 0) :][: part.shape[0], : part.shape[1]]
+    for left, top, pixels in shape.crops:
+        part = whole[max(top, 0) : top + pixels.shape[0], max(left, 0) : left + pixels.shape[1]]
+        part |= pixels[max(-top, 0) :, max(-left, 0) :][: part.shape[0], : part.shape[1]]
     return Masks.from_arrays([whole]).to_coco()[0]
 
 # %% ../../nbs/20_data/23_exports.ipynb #29bf0623
@@ -357,7 +355,7 @@ def read_labelme(
         except (json.JSONDecodeError, RecursionError):
             raise_or_collect(problems, "json-broken", path, "not JSON, or cut off", remedy="save it anew")
             continue
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError, ValueError):
             raise_or_collect(problems, "json-keys", path, "no shapes with points, imagePath, imageHeight, imageWidth")
             continue
         beside = stems.get(posixpath.splitext(file)[0])
@@ -419,7 +417,7 @@ def _labelme_shape(shape: dict, named: Named) -> Shape | None:
             named.faults.append(("mask-broken", "error", f"{made.label}: its pixels are no PNG"))
         elif pixels.any():
             left, top = int(made.box[0]), int(made.box[1])
-            made.crop = (left, top, pixels > 0)
+            made.crops = [(left, top, pixels > 0)]
             x, y, w, h = cv2.boundingRect(pixels)
             made.box = [left + x, top + y, left + x + w, top + y + h]
     return made
@@ -428,9 +426,9 @@ def _labelme_shape(shape: dict, named: Named) -> Shape | None:
 def _join(parts: list[Shape], named: Named) -> None:
     "Shapes of one group as one object: the box of the rectangle, where there is one, else around all."
     first, *others = parts
-    plain = [part for part in parts if not part.rings and part.crop is None]
+    plain = [part for part in parts if not part.rings and not part.crops]
     low, high = ([pick(values) for values in zip(*(part.box for part in plain or parts))] for pick in (min, max))
     first.box = low[:2] + high[2:]
     first.rings = [ring for part in parts for ring in part.rings]
-    first.crop = next((part.crop for part in parts if part.crop is not None), None)
+    first.crops = [crop for part in parts for crop in part.crops]
     named.shapes = [shape for shape in named.shapes if not any(shape is other for other in others)]

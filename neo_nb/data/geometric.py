@@ -191,9 +191,10 @@ def crop_masks(
     packed = np.flatnonzero(np.diff(masks.count_offsets))
     if not len(packed):
         return moved
-    runs = coco_mask.decode(masks[packed].to_rle()) if len({*map(tuple, masks.sizes[packed])}) == 1 else None
-    parts = [runs[..., i] if runs is not None else masks.decode(row) for i, row in enumerate(packed.tolist())]
-    cut = Masks.from_arrays([p[y1:y2, x1:x2] for p, (x1, y1, x2, y2) in zip(parts, windows[packed])])
+    shown = []  # as they are cut: never all masks as whole images at once
+    for run, (x1, y1, x2, y2) in zip(masks[packed].to_rle(), windows[packed].tolist()):
+        shown.append(coco_mask.decode(run)[y1:y2, x1:x2])
+    cut = Masks.from_arrays(shown)
     counts = np.zeros(len(masks), np.int64)
     counts[packed] = np.diff(cut.count_offsets)
     offsets = np.concatenate([[0], np.cumsum(counts)])

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..base.annotations import Annotations
-from ..base.boxes import degenerate
+from ..base.boxes import box_area, degenerate
 from ..base.core import InputError
 from ..base.masks import Masks
 
@@ -128,6 +128,9 @@ def assemble(
     extras = {key: np.asarray(value)[order] for key, value in boxes.pop("extras", {}).items()}
     given = {key: value if isinstance(value, Masks) else np.asarray(value) for key, value in boxes.items()
              if value is not None}  # fmt: skip
+    if "masks" in given and "areas" not in given:  # an object is as large as its mask, where it has one
+        boxed = box_area(given["boxes_xyxy"].astype(np.float64).reshape(-1, 4))
+        given["areas"] = np.where(given["masks"].present, given["masks"].areas, boxed)
     columns = {key: value[order] for key, value in given.items()}
     offsets = np.concatenate([[0], np.cumsum(counts)])
     return Annotations(**images, **columns, offsets=offsets, extras=extras, **record)

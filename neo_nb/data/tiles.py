@@ -172,8 +172,13 @@ def _table(
     per_box |= _more(annotations, parent, window[columns["tile"][rows_of]])
     if annotations.semantic_files is not None:
         per_image["semantic_files"] = annotations.semantic_files[image[rows]]
+    areas = annotations.areas[parent] * share
+    if "masks" in per_box:  # an object is what its mask shows; one without a pixel in the tile is none
+        shown = per_box["masks"].areas
+        ignore = ignore | (annotations.masks.present[parent] & (shown == 0))
+        areas = np.where(shown > 0, shown, areas)
     table = replace(
-        annotations, sizes=sizes, offsets=offsets, boxes_xyxy=boxes, iscrowd=ignore, areas=annotations.areas[parent] * share,
+        annotations, sizes=sizes, offsets=offsets, boxes_xyxy=boxes, iscrowd=ignore, areas=areas,
         extras=extras, **(per_image | per_box | {"image_ids": np.array(ids), "box_ids": np.arange(1, len(parent) + 1)}),
     )  # fmt: skip
     real = ~annotations.iscrowd

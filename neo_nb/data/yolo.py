@@ -340,14 +340,18 @@ def write_yolo(
     names = {table.class_names for table in tables.values()}
     if len(names) != 1:
         raise InputError(f"splits differ in their classes: {sorted(names)}", folder, "map them to one list first")
-    tasks = {_task(table, task) for table in tables.values()}
+    tasks = {split: _task(table, task) for split, table in tables.items() if len(table.labels)}
+    if len(set(tasks.values())) > 1:
+        found = ", ".join(f"{split}: {own}" for split, own in tasks.items())
+        raise InputError(f"splits hold different things ({found})", folder, "task='detect' writes the boxes of all")
+    kind = next(iter(tasks.values()), "detect")
     for split, table in tables.items():
         files = _flat_names(table, split)
         for i, file in enumerate(files):
             if images != "none":
                 _bring(table.root / str(table.file_names[i]), folder / file, images)
             with atomic_write(label_path(folder / file)) as temporary:
-                temporary.write_text(_label_text(table, i, max(tasks)))
+                temporary.write_text(_label_text(table, i, kind if split in tasks else "detect"))
         with atomic_write(folder / "neo" / f"{split}.json") as temporary:
             beside = _beside(table)
             for row, file in zip(beside["images"], files):
@@ -356,7 +360,7 @@ def write_yolo(
     content = {"path": "."} | {split: f"images/{split}" for split in tables}
     content["names"] = dict(enumerate(names.pop()))
     skeleton = next((table.skeleton for table in tables.values() if table.skeleton), None)
-    if "pose" in tasks and skeleton:
+    if kind == "pose" and skeleton:
         content |= {"kpt_shape": [len(skeleton), 3], "flip_idx": skeleton.mirror.tolist()}
         content["kpt_names"] = {0: list(skeleton.names)}
     with atomic_write(folder / "data.yaml") as temporary:

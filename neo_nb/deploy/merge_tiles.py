@@ -35,6 +35,8 @@ def to_image_coords(
     "Detections of tiles in the image's pixels."
     if found.num_images != len(windows):
         raise InputError(f"detections of {found.num_images} tiles for {len(windows)} windows")
+    if set(found.per_box) & {"masks", "keypoints"}:
+        raise InputError("masks and keypoints cannot be put together from tiles", None, "detect in whole images")
     window = np.asarray(windows, np.float32).reshape(-1, 4)[found.image_index]
     boxes = found.boxes_xyxy + np.tile(window[:, :2], 2)
     height, width = size

@@ -27,7 +27,7 @@ from ..base.devices import find_card
 from ..base.geometry import pad_to
 from ..data.batch import Batch
 from ..data.image_inputs import TableImages
-from ..data.loader import read_image
+from ..data.loader import ImageReader
 from ..data.resize import stack
 from .detector import INPUTS, OUTPUTS, Detector, in_steps
 from ..models.weights import read_preprocessing
@@ -90,8 +90,9 @@ def predict(
     if not self.whole:
         return Detector.predict(self, annotations, batch_size, progress, num_workers)
     parts = [Detections.empty(len(annotations), self.class_names, self.category_ids)]
+    read = ImageReader(annotations)
     for row in tqdm(range(len(annotations)), desc="predict", unit="image", disable=not progress, leave=False):
-        found = self.detect_images([read_image(annotations[row].path)])
+        found = self.detect_images([read(row).image])
         parts.append(replace(found, image_index=found.image_index + row, num_images=len(annotations)))
     return replace(concat(parts), images=TableImages(annotations))
 

@@ -163,6 +163,7 @@ def _take_turns(
     if file.is_file() and not (text := file.read_bytes()).endswith(b"\n"):  # cut in the middle of a line
         file.write_bytes(text[: text.rfind(b"\n") + 1])
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    done = [row for row in done if AGAINST in row]  # the others mean nothing
     with (
         file.open("a", encoding="utf-8") as kept,
         tqdm(total=rounds, initial=len(done), desc="rounds", unit="round", disable=not progress, leave=False) as bar,
@@ -176,6 +177,8 @@ def _take_turns(
             for name in (*names[first:], *names[:first]):
                 time.sleep(PAUSE)
                 row[name] = workers.ask(name, "time", number % images)
+            if not row[AGAINST]:
+                break
             done.append({name: stages for name, stages in row.items() if stages})
             kept.write(json.dumps(done[-1]) + "\n")
             kept.flush()
@@ -217,7 +220,8 @@ def measure_runtimes(
     if AGAINST in workers.failed:
         raise InputError(f"transformers did not run ({workers.failed[AGAINST]})", folder)
     whole = about | {"threads": threads, "opened_s": opened, "first_s": workers.first, "failed": workers.failed}
-    whole |= {"times": _columns(times, names), "memory": {k: v for k, v in memory.items() if v}}
+    alive = [name for name in names if memory.get(name) and name in workers.first]
+    whole |= {"times": _columns(times, alive), "memory": {name: memory[name] for name in alive}}
     whole |= {
         "same": {
             name: _same(found[AGAINST], one, about["size"]) for name, one in found.items() if one and name != AGAINST

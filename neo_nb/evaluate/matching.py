@@ -44,11 +44,13 @@ def _check_columns(detections: Detections, annotations: Annotations, iou_type: s
     "Masks or keypoints must be in both tables, and masks of all objects."
     where = annotations.name or None
     column = {"segm": "masks", "keypoints": "keypoints"}[iou_type]
+    some = detections.num_boxes > 0  # who finds nothing has no columns
     for kind, table in (("detections", detections), ("annotations", annotations)):
-        if getattr(table, column) is None:
+        if getattr(table, column) is None and (some or table is annotations):
             raise InputError(f"the {kind} have no {column}", where, 'evaluate boxes: iou_type="bbox"')
     if iou_type == "keypoints":
-        theirs, ours = detections.keypoints.shape[1], annotations.keypoints.shape[1]
+        ours = annotations.keypoints.shape[1]
+        theirs = detections.keypoints.shape[1] if some else ours
         if theirs != ours or annotations.skeleton is None:
             raise InputError(f"detections have {theirs} keypoints, the annotations {ours}, with a skeleton", where)
         return
@@ -255,8 +257,10 @@ def _pairs_by_group(
     detections: Detections, annotations: Annotations, iou_threshold: float, iou_type: str, groups: Iterator
 ) -> np.ndarray:
     "Pairs of the groups (rows of detections, rows of objects), as columns."
-    overlap = _overlaps(detections, annotations, iou_type)
     parts = [np.zeros((3, 0))]
+    if not detections.num_boxes:
+        return parts[0]
+    overlap = _overlaps(detections, annotations, iou_type)
     for found, objects in groups:
         iou = overlap(found, objects)
         i, j = np.nonzero(iou >= _at_least(iou_threshold))
@@ -279,7 +283,7 @@ def detection_areas(
     iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> np.ndarray:  # m, float64, square pixels
     "How large the detections are: their boxes, their masks, or the boxes around their keypoints."
-    if iou_type == "segm":
+    if iou_type == "segm" and detections.num_boxes:
         return np.asarray(detections.masks.areas, np.float64)
     if iou_type == "keypoints" and detections.num_boxes:
         points = detections.keypoints[..., :2].astype(np.float64)

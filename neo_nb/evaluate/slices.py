@@ -8,7 +8,6 @@ AP, precision, recall and F1 of a part of the objects or of the images, and the 
 __all__ = ['BUCKETS', 'CROWDS', 'MOST_TAGS', 'slice_row', 'of_images', 'slice_metrics', 'calibration']
 
 # %% ../../nbs/50_evaluate/03_slices.ipynb #e8557c97
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,11 +68,7 @@ def of_images(
     "Both tables for some of the images."
     if len(images) != len(annotations):
         raise InputError(f"a choice of {len(images)} images from {len(annotations)}", annotations.name or None)
-    number = np.cumsum(images) - 1
-    mine = images[detections.image_index]
-    some = detections.select(np.flatnonzero(mine))
-    some = replace(some, image_index=number[some.image_index], num_images=int(images.sum()))
-    return some, annotations.select(images)
+    return detections[np.flatnonzero(images)], annotations.select(images)
 
 # %% ../../nbs/50_evaluate/03_slices.ipynb #668f2637
 BUCKETS = {"tiny": (0, 16**2), "small": (16**2, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}

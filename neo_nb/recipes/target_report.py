@@ -326,8 +326,10 @@ def make_target(
     try:
         with FileLock(report.reports / f".target-{target.name}.lock", timeout=0):
             report.load(fresh)
+            again = False
             for step in report.plan():
-                if not report.done(step):
+                again |= not report.done(step)
+                if again:  # what comes later rests on it
                     report.take(step)
                     if progress is not None:
                         progress(report)

@@ -117,6 +117,7 @@ def pull_review(
         before = int(np.diff(table.offsets)[sample["row"]])
         counts["boxes removed"] += before - seen
         reviewed += REVIEWED in tags
+    counts["images left out"] += len(table) - len(dataset)  # deleted in the App
     order = np.argsort(kept)
     return _rebuilt(table, [kept[i] for i in order], [boxes[i] for i in order]), counts, reviewed
 
