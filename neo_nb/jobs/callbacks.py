@@ -46,7 +46,15 @@ class Spool:
         self.waiting: deque[tuple[int, Message]] = deque()
         self.lock = threading.Lock()
         for path in sorted(self.folder.glob("[0-9]*.json")):
-            self.waiting.append((int(path.stem), Message(**json.loads(path.read_text(encoding="utf-8")))))
+            try:
+                message = Message(**json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError):  # cut off by a full disk
+                path.rename(path.with_suffix(".damaged"))
+                continue
+            if message.final:  # how an earlier attempt ended: another one begins
+                path.unlink()
+                continue
+            self.waiting.append((int(path.stem), message))
         self.next = self.waiting[-1][0] + 1 if self.waiting else 1
 
     def _file(self, number: int) -> Path:
@@ -155,8 +163,10 @@ def post(self: Sender, message: Message) -> dict[str, Any]:  # The answer; empty
     "One try. Raises `_Down` for what may be better later, `Refused` for an answer that will not."
     try:
         answer = self.client.post(self.base + message.path, json=message.body)
-    except httpx.TransportError as error:
+    except httpx.RequestError as error:
         raise _Down(type(error).__name__) from error
+    except Exception as error:  # noqa: BLE001 - one odd message must not silence all that come after it
+        raise Refused(f"{message.path}: cannot be sent ({type(error).__name__}: {error})") from error
     if answer.status_code >= 500:
         raise _Down(str(answer.status_code))
     if not answer.is_success:

@@ -304,6 +304,7 @@ class Mask:
         text: str,
     ) -> str:
         "The text with *** in the place of secrets."
+        text = text.encode("utf-8", "replace").decode()  # halves of characters, which no JSON of a request may hold
         for value in self.values:
             text = text.replace(value, "***")
         for pattern in (_SIGNED, _BEARER):

@@ -82,7 +82,7 @@ def describe(
     record = json.loads(session.get_modelmeta().custom_metadata_map["neo_nb"])
     image, boxes = session.get_inputs()[0], session.get_outputs()[0]
     contract, best = record["contract"], (record.get("metrics") or {}).get("threshold", -1)
-    nms = record["model"].startswith("rtmdet")
+    nms = "nms_iou" in record["config"]
     about = {"framework": "neo_nb", "model_name": record["model"].replace("_", "-"), "export_format": export_format}
     about |= {"task_type": "detection", "input_shape": list(image.shape), "input_dtype": "uint8"}
     about |= {"output_shape": list(boxes.shape), "class_names": record["class_names"]}

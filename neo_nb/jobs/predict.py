@@ -35,12 +35,14 @@ def fetch_images(
     if not order.images:
         raise InputError("is not set", "IMAGES_S3_URI", "a prediction must know its images")
     place, prefix = open_place(order.images, order.datasets)
-    entries = [e for e in place.entries(prefix) if PurePosixPath(e.key).suffix.lower() in IMAGE_SUFFIXES]
+    inside = prefix.rstrip("/") + "/" if prefix else ""  # i/1 is no part of i/10
+    entries = [e for e in place.entries(prefix) if e.key == prefix or e.key.startswith(inside)]
+    entries = [e for e in entries if PurePosixPath(e.key).suffix.lower() in IMAGE_SUFFIXES]
     if isinstance(place, Folder) and not entries and prefix:
         return {place.root / prefix: order.images}
     if not entries:
         raise InputError(f"no image is there ({', '.join(IMAGE_SUFFIXES)})", order.images)
-    root = prefix if not prefix or prefix.endswith("/") else prefix.rpartition("/")[0]
+    root = prefix.rpartition("/")[0] if [e.key for e in entries] == [prefix] else inside
     base = order.images.removesuffix("/") if prefix else order.images
     found = {}
     for entry in entries:
@@ -48,6 +50,8 @@ def fetch_images(
         if ".." in name.parts:
             raise InputError(f"a key that leads out of its folder: {entry.key!r}", order.images)
         uri = f"s3://{place.bucket.name}/{entry.key}" if not isinstance(place, Folder) else f"{base}/{name}"
+        if folder / name in found:
+            raise InputError(f"two keys are one file: {entry.key!r} and {found[folder / name]!r}", order.images)
         found[folder / name] = uri
     with ThreadPoolExecutor(PARALLEL) as pool:
         list(pool.map(place.fetch, [e.key for e in entries], found, entries))

@@ -11,6 +11,7 @@ __all__ = ['now', 'metrics_of', 'Reporter']
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class Reporter:
     ):
         self.address, self.mask, self.stop = address, mask, stop
         self.id = address.job_id
+        self.fresh: dict[str, bool] = {}  # Spool → whether no earlier attempt has left something in it
         self.buffer: list[Message] = []
         self.lock = threading.Lock()
         self.first = self._sender("callbacks", folder, address.callback_url)
@@ -70,26 +72,33 @@ class Reporter:
         known, token = self.address, self.address.token
         own = token.get_secret_value() if token and name == "heartbeats" else ""
         retries = {"max_retries": known.max_retries, "retry_delay": known.retry_delay}
-        return Sender(base, Spool(Path(folder, name)), self.print, own, on_answer=self._answered, **retries)
+        spool = Spool(Path(folder, name))
+        self.fresh[name] = not len(spool)
+        return Sender(base, spool, self.print, own, on_answer=self._answered, **retries)
 
     def _answered(self, answer: Mapping[str, Any]) -> None:
         if answer.get("should_continue") is False:
             self.stop()
 
-    def say_first(self, path: str, body: Mapping[str, Any], final: bool = False) -> None:
-        "A message of the first contract."
-        if self.first:
-            self.first.add(Message(path.format(self.id), self.mask(body), final))
-
-    def say_second(self, what: str, body: Mapping[str, Any], final: bool = False) -> None:
-        "A message of the second contract."
-        if self.second:
-            self.second.add(Message(f"/v1/jobs/{self.id}/{what}", self.mask(body), final))
-
     def print(self, level: str, text: str) -> None:
         "A line, for who reads the container's output."
         trace = f"[TRACE:{self.address.trace_id}] " if self.address.backend_url else f"{now()} "
-        print("\n".join(f"{trace}[{level}] {self.mask.text(line)}" for line in text.splitlines()), flush=True)
+        with suppress(OSError, ValueError):  # nobody reads, or the disk is full: what is sent matters more
+            print("\n".join(f"{trace}[{level}] {self.mask.text(line)}" for line in text.splitlines()), flush=True)
+
+# %% ../../nbs/72_jobs/14_reporter.ipynb #7ebeead0
+@patch
+def say_first(self: Reporter, path: str, body: Mapping[str, Any], final: bool = False) -> None:
+    "A message of the first contract."
+    if self.first:
+        self.first.add(Message(path.format(self.id), self.mask(body), final))
+
+
+@patch
+def say_second(self: Reporter, what: str, body: Mapping[str, Any], final: bool = False) -> None:
+    "A message of the second contract."
+    if self.second:
+        self.second.add(Message(f"/v1/jobs/{self.id}/{what}", self.mask(body), final))
 
 # %% ../../nbs/72_jobs/14_reporter.ipynb #cb756edc
 @patch
@@ -178,7 +187,7 @@ def position(self: Reporter, at: Mapping[str, Any], metrics: Mapping[str, Any]) 
 @patch
 def beat(self: Reporter, at: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     "Still alive: a heartbeat between two epochs, of which only the newest one counts."
-    if self.second:
+    if self.second and not self.ended:
         body = self.mask(self.position(at, metrics))
         self.second.beat = Message(f"/v1/jobs/{self.id}/heartbeat", body)
 
@@ -228,6 +237,8 @@ def done(self: Reporter, status: str, error: str | None, metrics: Any, artifacts
     kept = {"best_checkpoint": None, "last_checkpoint": None} | dict(artifacts or {})
     body = {"status": status, "error": error, "final_metrics": dict(metrics or {}), "artifacts": kept}
     body |= {"training_time_seconds": round(time.time() - self.began, 1)}
+    if self.second:
+        self.second.beat = None  # no sign of life after the end
     self.say_second("done", body, final=True)
 
 
@@ -240,10 +251,12 @@ def waiting(self: Reporter) -> dict[str, list]:  # By contract
 
 @patch
 def restore(self: Reporter, waiting: Mapping[str, Any]) -> None:
-    "Take over what an earlier attempt could not say; a spool that is here already has it."
-    for sender, said in ((self.first, waiting.get("first")), (self.second, waiting.get("second"))):
-        for message in said if sender and said and not len(sender.spool) else ():
-            sender.add(Message(**message))
+    "Take over what an earlier attempt could not say; a spool that it left here has it already."
+    senders = {"callbacks": (self.first, waiting.get("first")), "heartbeats": (self.second, waiting.get("second"))}
+    for name, (sender, said) in senders.items():
+        for message in map(lambda one: Message(**one), said or ()) if sender and self.fresh[name] else ():
+            if not message.final:  # that one's end
+                sender.add(message)
 
 
 @patch

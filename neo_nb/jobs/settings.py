@@ -163,7 +163,10 @@ def _advanced(order: Order, into: Translated, epochs: int) -> list[str]:  # Keys
             if found is None:
                 into.notes.append(f"lr_scheduler {value}: there are {', '.join(_SCHEDULES)}; the model's own is taken")
         elif key == "checkpoint_interval":
-            into.every = int(value)
+            try:
+                into.every = max(int(value), 0)  # -1 stands for never
+            except (TypeError, ValueError) as error:
+                raise InputError(f"a number was expected, found {value!r}", f"advanced.{key}") from error
         elif key == "val_interval":
             into.notes += [] if value == 1 else [f"val_interval {value}: every epoch is evaluated"]
         elif key == "warmup_ratio":

@@ -207,7 +207,7 @@ def _fetch(self: S3, key: str, path: Path, entry: Entry | None) -> None:
         entry = Entry(key, head["ContentLength"], head.get("ETag", "").strip('"'))
     part = path.with_name(f".{path.name}.{hashlib.sha256(entry.tag.encode()).hexdigest()[:8]}.part")
     done = part.stat().st_size if part.is_file() else 0
-    known: dict[str, str] = {}
+    known: dict[str, str] | None = None  # None: the object was here whole already
     if done < entry.size or not done:
         more = {"Range": f"bytes={done}-", "IfMatch": f'"{entry.tag}"'} if done else {}
         answer = self.call("get_object", key, **more)
@@ -220,7 +220,7 @@ def _fetch(self: S3, key: str, path: Path, entry: Entry | None) -> None:
             raise _Cut(f"{self.uri(key)}: cut off ({type(error).__name__})") from error
     if part.stat().st_size != entry.size:
         raise _Cut(f"{self.uri(key)}: {part.stat().st_size:,} of {entry.size:,} bytes came")
-    known = known or self.call("head_object", key).get("Metadata", {})
+    known = self.call("head_object", key).get("Metadata", {}) if known is None else known
     _check_tag(part, self.uri(key), entry.tag, known.get("sha256", ""))
     part.replace(path)
 
@@ -233,14 +233,18 @@ def put(self: S3, path: Path, key: str) -> str:
         self.call("put_object", key, Body=path.read_bytes(), Metadata=known)
     else:
         self._put_parts(path, key, known)
-    size = self.call("head_object", key)["ContentLength"]
+    head = self.call("head_object", key)
+    if path.stat().st_size > PART and head.get("Metadata", {}).get("sha256") != known["sha256"]:
+        self._put_parts(path, key, known, anew=True)  # what was gone on with had been begun for another file
+        head = self.call("head_object", key)
+    size = head["ContentLength"]
     if size != path.stat().st_size:
         raise StorageFailed(f"{self.uri(key)}: {size:,} of {path.stat().st_size:,} bytes arrived")
     return self.uri(key)
 
 
 @patch
-def _put_parts(self: S3, path: Path, key: str, known: dict[str, str]) -> None:
+def _put_parts(self: S3, path: Path, key: str, known: dict[str, str], anew: bool = False) -> None:
     "Go on with an upload that was begun, or begin one."
     begun = [u for u in self.call("list_multipart_uploads", Prefix=key).get("Uploads", []) if u["Key"] == key]
     upload = begun[-1]["UploadId"] if begun else None
@@ -252,7 +256,8 @@ def _put_parts(self: S3, path: Path, key: str, known: dict[str, str]) -> None:
     with path.open("rb") as file:
         while block := file.read(PART):
             digests.append(hashlib.md5(block, usedforsecurity=False).hexdigest())
-    if upload and any(there[n] != digest for n, digest in enumerate(digests, 1) if n in there):
+    same = there and all(there[n] == digest for n, digest in enumerate(digests, 1) if n in there)
+    if upload and (anew or not same):
         self.call("abort_multipart_upload", key, UploadId=upload)  # of another file
         upload, there = None, {}
     upload = upload or self.call("create_multipart_upload", key, Metadata=known)["UploadId"]

@@ -288,6 +288,9 @@ def _status(kind: Kind, error: BaseException | None, word: str, delivered: bool)
 def _do(job: Job, act: Callable[[Job], None]) -> BaseException | None:  # What went wrong
     "Read the order, act; tell how it failed."
     try:
+        job.starting = False
+        if job.why:  # a signal came before there was anything to interrupt
+            raise Interrupted(f"stopped by {job.why}")
         job.order = read_order(job.address, job.environment)
         act(job)
         return None
@@ -317,6 +320,7 @@ def supervise(
         print(f"[ERROR] {'another process is at work on this job' if busy else mask.text(str(error))}", flush=True)
         return 3 if kind == "export" else 1
     job = Job(address, environment, folder, mask)
+    job.starting = True
     before = {}
     with suppress(ValueError):  # not the main thread
         for number in (signal.SIGTERM, signal.SIGINT):

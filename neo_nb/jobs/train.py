@@ -55,7 +55,7 @@ class Watch:
             self.evaluated(event)
         elif what == "checkpoint":
             self.keeper.take(Path(event["folder"], event["state"]), event, event["whole"])
-        elif what == "end" and self.row is None and event["result"]["last"]:  # an earlier attempt had done it all
+        elif what == "end" and event["result"]["last"]:  # of all attempts
             self.row, self.best = event["result"]["last"], event["result"]["best"] or event["result"]["last"]
             self.job.epochs, self.job.metrics = self.row["epoch"], metrics_of(self.row, self.monitor) or {}
 
@@ -144,6 +144,7 @@ def _train(job: Job) -> None:
         try:
             if found := restore(job, keeper, manifest, config.model):
                 job.reporter.log(found)
+                job.epochs = keeper.at["epoch"]
             job.stage = "Config"
             words = ["--debug", "train", "--data", str(manifest), *asked.words()]
             ended = job.work(words, watch.event, watch.idle)
