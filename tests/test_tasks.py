@@ -10,8 +10,11 @@ import torch
 
 from neo_nb.base.annotations import Annotations, fingerprint, load_annotations, save_annotations
 from neo_nb.base.core import InputError
+from neo_nb.base.detections import Detections
+from neo_nb.base.draw import draw_masks
 from neo_nb.base.keypoints import COCO_PERSON
 from neo_nb.base.masks import Masks
+from neo_nb.base.semantic_maps import attach_maps, write_map
 from neo_nb.data.coco import read_coco, write_coco
 from neo_nb.data.dice import read_dice, write_dice, write_nested_dice
 from neo_nb.data.exports import read_labelme
@@ -19,7 +22,9 @@ from neo_nb.data.folder import walk
 from neo_nb.data.labelme import write_labelme
 from neo_nb.data.loader import make_loader
 from neo_nb.data.manifest import load_all, load_dataset
+from neo_nb.data.tiles import tile_table
 from neo_nb.data.yolo import read_yolo, write_yolo
+from neo_nb.evaluate.operating_point import evaluate
 from neo_nb.synthetic.crowds import make_scenes
 from neo_nb.train.micro_batches import split, to_device
 
@@ -231,3 +236,84 @@ def test_a_manifest_loads_boxes_alone_unless_asked(tmp_path, monkeypatch, caplog
     with pytest.raises(InputError, match="3 are needed; fix it, or read the boxes alone"):
         load_dataset(tmp_path / "d.yaml", extras=True)
     assert load_all(tmp_path / "d.yaml").masks is None and "boxes alone are read" in caplog.text
+
+
+def test_an_object_is_as_large_as_its_mask(tmp_path):
+    triangle = Masks.from_coco([[[10.0, 10, 50, 10, 10, 50]]], [(64, 96)])
+    table = Annotations(
+        [1], ["0.png"], [(64, 96)], [0, 1], [[10, 10, 50, 50]], [0], ["x"], root=tmp_path, masks=triangle,
+        areas=triangle.areas,
+    )  # fmt: skip
+    cv2.imwrite(str(tmp_path / "0.png"), np.zeros((64, 96, 3), np.uint8))
+    assert 700 < triangle.areas[0] < 900
+    for way in (coco, dice, nested, labelme):
+        assert abs(way(table, tmp_path).areas[0] - triangle.areas[0]) < 1, way
+    again = read_yolo(write_yolo({"train": table}, tmp_path / "yolo"), "train")
+    assert abs(again.areas[0] - triangle.areas[0]) < 50  # corners are rounded
+
+
+def test_a_tile_knows_what_it_shows_of_a_mask():
+    size = (60, 120)
+    corner = np.zeros(size, bool)
+    corner[5:55, 5:15] = corner[45:55, 5:58] = True  # an L that does not reach the right tile
+    corner[45:50, 58:62] = True
+    whole = Masks.from_arrays([corner])
+    table = Annotations([1], ["a"], [size], [0, 1], [[5, 5, 100, 55]], [0], ["x"], masks=whole)
+    tiles, _ = tile_table(table, (60, 60), overlap=0.0)
+    left, right = (tiles.areas[tiles.image_index == row] for row in (0, 1))
+    assert left[0] == corner[:, :60].sum() and right[0] == corner[:, 60:].sum()
+    corner[:, 60:] = False
+    table = replace(table, masks=Masks.from_arrays([corner]))
+    tiles, _ = tile_table(table, (60, 60), overlap=0.0)
+    assert tiles.iscrowd.tolist() == [False, True]  # a box in the second tile, and nothing of the object
+
+
+def test_splits_of_different_kinds_are_refused_before_anything_is_written(tmp_path):
+    table = table_of(tmp_path, 8)
+    with_masks, with_boxes = replace(table, keypoints=None, skeleton=None), replace(table, masks=None, keypoints=None)
+    with pytest.raises(InputError, match="train: segment, val: detect"):
+        write_yolo({"train": with_masks, "val": with_boxes}, tmp_path / "yolo")
+    assert not (tmp_path / "yolo").exists()
+    nothing = with_boxes.select_boxes(np.zeros(8, bool))  # a split without labels is of any kind
+    file = write_yolo({"train": with_masks, "test": nothing}, tmp_path / "yolo")
+    assert len(read_yolo(file, "test").labels) == 0 < len(read_yolo(file, "train").masks)
+
+
+def test_who_finds_nothing_is_measured():
+    table = table_of_masks()
+    nothing = Detections.empty(len(table), table.class_names)
+    for iou_type in ("segm", "keypoints"):
+        numbers = evaluate(nothing, table, iou_type=iou_type)
+        assert numbers["AP"] == 0 and numbers["FN"] == len(table.labels)
+
+
+def table_of_masks() -> Annotations:
+    pixels = np.zeros((40, 40), bool)
+    pixels[5:20, 5:20] = True
+    points = np.full((1, 17, 3), 9, np.float32)
+    points[..., 2] = 2
+    return Annotations([1], ["a"], [(40, 40)], [0, 1], [[5, 5, 20, 20]], [0], ["x"], masks=Masks.from_arrays([pixels]),
+                       keypoints=points, skeleton=COCO_PERSON)  # fmt: skip
+
+
+def test_a_mask_without_a_pixel_is_drawn_as_nothing():
+    blank = Masks.from_arrays([np.zeros((40, 40), bool)])
+    assert blank.present.all()
+    canvas = np.full((40, 40, 3), 9, np.uint8)
+    assert (draw_masks(canvas, blank, [0]) == canvas).all()
+
+
+def test_two_images_do_not_share_a_map(tmp_path):
+    write_map(np.zeros((40, 40), np.uint8), tmp_path / "maps/1.png")
+    table = Annotations([1, 2], ["a/1.jpg", "b/1.jpg"], [(40, 40)] * 2, [0, 0, 0], np.zeros((0, 4)), [], ["x"])
+    with pytest.raises(InputError, match="is the map of image 1 and of image 2"):
+        attach_maps(replace(table, root=tmp_path), tmp_path / "maps", ["ground"])
+
+
+def test_a_keypoint_that_is_none_ends_with_its_name(tmp_path):
+    table = table_of(tmp_path, 8)
+    labelme(table, tmp_path)
+    file = next(path for path in sorted(tmp_path.rglob("*.json")) if "nose" in path.read_text())
+    file.write_text(file.read_text().replace('"label": "nose"', '"label": "chin"', 1))
+    with pytest.raises(InputError, match="no keypoint is called 'chin'"):
+        read_labelme([str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*.json"))], walk(tmp_path))
