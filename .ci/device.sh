@@ -18,7 +18,7 @@ pinned() { grep -E "^$1==" constraints.txt || echo "$1"; }
 # What such a machine has, with what these bring along; tests/test_gpu_suite.py runs the suite with this and ours alone.
 there="accelerate numpy onnx onnxruntime onnxscript opencv-python-headless pandas pillow pytest pyyaml safetensors scipy"
 there="$there timm torch torchvision tqdm transformers"
-ours="pydantic pydantic-core annotated-types typing-inspection typing-extensions jaxtyping wadler-lindig fastcore"
+ours="pydantic pydantic-core annotated-types typing-inspection typing-extensions jaxtyping wadler-lindig fastcore pycocotools"
 for package in $ours; do get "$(pinned "$package")"; done
 
 cat > .gpu/run.sh <<'RUN'

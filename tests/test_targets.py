@@ -70,14 +70,18 @@ def test_a_cpu_is_measured_and_a_kill_costs_only_the_step_it_fell_in(workspace, 
     process.send_signal(signal.SIGTERM)  # which the kernel heeds: it saves and ends
     assert process.wait(120) == 75
     assert kept(workspace, "cpu")["steps"]["train"]["status"] == "running"
-    status, out, err = here(
-        workspace, monkeypatch, capsys, *given
-    )  # a training of seconds finds nothing: its file cannot be proven, and that is said
+    status, out, err = here(workspace, monkeypatch, capsys, *given)
     found = kept(workspace, "cpu")
     states = {name: step["status"] for name, step in found["steps"].items()}
-    assert states == {"train": "done", "evaluate": "done", "onnx": "failed", "benchmark": "done"}, err
-    assert status == 1 and "failed: ONNX in fp32; the same command tries again" in out
-    assert "nothing was compared" in found["steps"]["onnx"]["error"] and str(workspace) not in json.dumps(found)
+    onnx = states.pop("onnx")
+    assert states == {"train": "done", "evaluate": "done", "benchmark": "done"} and str(workspace) not in json.dumps(
+        found
+    ), err
+    if onnx == "failed":  # a training of seconds may find nothing: its file cannot be proven, and that is said
+        assert status == 1 and "failed: ONNX in fp32; the same command tries again" in out
+        assert "nothing was compared" in found["steps"]["onnx"]["error"]
+    else:
+        assert (status, onnx) == (0, "done"), err
     assert found["at_hand"] and found["remains"] == []
     assert found["steps"]["train"]["found"]["images_per_second"] > 0
     timed = found["steps"]["benchmark"]["found"]["stages"]

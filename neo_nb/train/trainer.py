@@ -375,8 +375,9 @@ def train(
         trainer.callbacks = told
     if resume:
         trainer.load(Path(run) / "weights" / "last.pt")
-        if trainer.history and trainer.accelerator.is_main_process:  # a run that was put together again has no rows
-            write_csv(trainer.history, Path(run) / "results.csv")
+        rows = Path(run) / "results.csv"
+        if trainer.history and trainer.accelerator.is_main_process and not rows.exists():  # put together again
+            write_csv(trainer.history, rows)
     result = trainer.fit()
     if trainer.accelerator.num_processes > 1:
         trainer.accelerator.end_training()  # or a process may leave while another still talks to it
