@@ -101,6 +101,7 @@ def test_masks_and_keypoints_come_back_exactly(there_and_back, count, tmp_path):
     assert np.abs(again.boxes_xyxy - table.boxes_xyxy).max(initial=0) < 1e-4
     if count:
         assert again.masks.to_coco() == table.masks.to_coco()
+        assert table.masks.areas.tolist() == [table.masks.decode(row).sum() for row in range(count)]
         assert again.class_names == table.class_names
     assert again.masks is None or np.array_equal(again.masks.present, table.masks.present)
     if count and (table.keypoints[..., 2] > 0).any():

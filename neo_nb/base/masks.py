@@ -288,7 +288,11 @@ def decode(
 @patch(as_prop=True)
 def areas(self: Masks) -> np.ndarray:  # m, float64
     "The number of pixels of each object, as pycocotools counts them; 0 where there is no mask."
-    return coco_mask.area(self.to_rle()).astype(np.float64) if len(self) else np.zeros(0)
+    runs = self.to_rle()
+    parts = [
+        coco_mask.area(runs[start : start + 255]) for start in range(0, len(runs), 255)
+    ]  # it takes no more at once
+    return np.concatenate([np.zeros(0), *parts])
 
 
 @patch(as_prop=True)

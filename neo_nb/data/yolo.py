@@ -344,7 +344,7 @@ def write_yolo(
     if len(set(tasks.values())) > 1:
         found = ", ".join(f"{split}: {own}" for split, own in tasks.items())
         raise InputError(f"splits hold different things ({found})", folder, "task='detect' writes the boxes of all")
-    kind = next(iter(tasks.values()), "detect")
+    kind = next(iter(tasks.values()), task or "detect")
     for split, table in tables.items():
         files = _flat_names(table, split)
         for i, file in enumerate(files):
