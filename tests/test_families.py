@@ -113,7 +113,8 @@ def test_its_errors_are_browsed(trained):
     if name not in SMALLEST:
         pytest.skip("the same features as the smallest of its family")
     views = json.loads(neo("errors", run.name.partition("-")[0], "--json", cwd=folder))["views"]
-    assert 1 <= views["images with the most errors"] <= 4  # yolox_nano has learned its four
+    least = 1 if name == "yolox_nano" else 4  # which has learned its four images, but not to the last box
+    assert least <= views["images with the most errors"] <= 4
 
 
 def table(folder: Path):

@@ -93,6 +93,20 @@ def test_a_cpu_is_measured_and_a_kill_costs_only_the_step_it_fell_in(workspace, 
     assert (workspace / "reports/targets/cpu/stages.png").is_file()
 
 
+def test_a_step_that_fails_is_shown_and_the_others_are_done(workspace, monkeypatch, capsys):
+    silent = create_model("rtdetr_nano", class_names=("person", "head"), num_queries=20)  # finds nothing above .05
+    silent.size = (32, 64)
+    save_weights(silent, workspace / "silent.safetensors")
+    given = ("report", "--target", "cpu", "--data", "tiny", "--weights", "silent.safetensors")
+    status, out, err = here(workspace, monkeypatch, capsys, *given, "--fresh")
+    found = kept(workspace, "cpu")["steps"]
+    assert {name: step["status"] for name, step in found.items()} == {
+        "evaluate": "done", "onnx": "failed", "benchmark": "done"
+    }, err  # fmt: skip
+    assert status == 1 and "failed: ONNX in fp32; the same command tries again" in out
+    assert "nothing was compared" in found["onnx"]["error"] and str(workspace) not in json.dumps(found)
+
+
 def test_for_a_card_elsewhere_files_are_built_ahead_and_nothing_is_measured(workspace, monkeypatch, capsys):
     given = ("report", "--target", "t4", "--data", "tiny", "--weights", "net.safetensors")
     status, _, err = here(workspace, monkeypatch, capsys, *given, "--json")
