@@ -16,6 +16,7 @@ from torch import Tensor
 from ...base.core import check_choice
 from ..external import External, Family, class_names_of
 from ..layers import ACTIVATIONS
+from ..rtmdet import convert as rtmdet
 from .model import YOLOX, YOLOXConfig
 
 # %% ../../../nbs/40_models/19_yolox/02_convert.ipynb #bfb019af
@@ -34,23 +35,13 @@ VARIANTS: dict[str, YOLOXConfig] = {
 
 # %% ../../../nbs/40_models/19_yolox/02_convert.ipynb #464f02db
 MMDET: list[tuple[str, str | Callable]] = [
+    *rtmdet.MMDET,
     (r"^backbone\.stem\.conv\.", "backbone.stem.0."),
-    (r"^backbone\.stage(\d)\.", lambda m: f"backbone.stages.{int(m[1]) - 1}."),
-    (r"^neck\.reduce_layers\.(\d)\.", lambda m: f"neck.narrow.{1 - int(m[1])}."),
-    (r"^neck\.top_down_blocks\.(\d)\.", lambda m: f"neck.top_down.{1 - int(m[1])}."),
-    (r"^neck\.downsamples\.", "neck.down."),
-    (r"^neck\.bottom_up_blocks\.", "neck.bottom_up."),
-    (r"^neck\.out_convs\.", "neck.out."),
     (r"^bbox_head\.multi_level_cls_convs\.(\d)\.", r"head.score_tower.levels.\1."),
     (r"^bbox_head\.multi_level_reg_convs\.(\d)\.", r"head.box_tower.levels.\1."),
     (r"^bbox_head\.multi_level_conv_cls\.", "head.score."),
     (r"^bbox_head\.multi_level_conv_reg\.", "head.box."),
     (r"^bbox_head\.multi_level_conv_obj\.", "head.objectness."),
-    (r"(stages\.3\.1)\.conv1\.", r"\1.narrow."),
-    (r"(stages\.3\.1)\.conv2\.", r"\1.out."),
-    (r"\.main_conv\.", ".main."),
-    (r"\.short_conv\.", ".short."),
-    (r"\.final_conv\.", ".out."),
     (r"\.depthwise_conv\.", ".0."),
     (r"\.pointwise_conv\.", ".1."),
 ]
