@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ..base.boxes import box_iou, cxcywh_to_xyxy, paired_iou, xyxy_to_cxcywh
+from ..base.boxes import box_iou, paired_iou, xyxy_to_cxcywh
 from ..data.batch import Targets
-from .dense_loss import as_pixels, in_ignore_regions
+from .dense_loss import assign_images, in_ignore_regions
 from .dynamic_assigner import Assignment, choose_cells
 
 # %% ../../nbs/30_losses/06_simota.ipynb #b7cc1078
@@ -91,15 +91,7 @@ def simota_loss(
     "Assign the cells of each image, and sum what they have to learn."
     logits, objectness, boxes = logits.float(), objectness.float(), boxes.float()
     scores = (logits.detach().sigmoid() * objectness.detach().sigmoid()[..., None]).sqrt()
-    wanted, labels, quality = [], [], []
-    for row, target in enumerate(targets):
-        objects = as_pixels(cxcywh_to_xyxy(target.boxes.float()), frame)
-        found = assign_simota(scores[row], boxes[row].detach(), cells, objects, target.labels)
-        place = found.objects.clamp(min=0)
-        wanted.append(objects[place] if len(target) else boxes[row].detach())
-        labels.append(torch.where(found.objects >= 0, target.labels[place] if len(target) else place, -1))
-        quality.append(found.quality)
-    wanted, labels, quality = (torch.stack(x) for x in (wanted, labels, quality))
+    wanted, labels, quality = assign_images(assign_simota, scores, boxes, cells, targets, frame)
     known = (labels >= 0).float()
     there = F.binary_cross_entropy_with_logits(objectness, known, reduction="none")
     there = there.masked_fill(in_ignore_regions(boxes, frame, targets) & (labels < 0), 0)

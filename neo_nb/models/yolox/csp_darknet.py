@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..layers import ConvNorm
-from ..rtmdet.cspnext import CSPLayer, PoolingPyramid, conv3
+from ..rtmdet.cspnext import CSPLayer, PoolingPyramid, Staged, conv3
 
 # %% ../../../nbs/40_models/19_yolox/00_csp_darknet.ipynb #bfbfdd48
 class Bottleneck(nn.Module):
@@ -52,7 +52,7 @@ class Focus(nn.Sequential):
 STAGES = ((128, 3), (256, 9), (512, 9), (1024, 3))  # Channels and blocks at deepen = widen = 1
 
 
-class CSPDarknet(nn.Module):
+class CSPDarknet(Staged):
     "Images to maps of stride 8, 16 and 32."
 
     def __init__(
@@ -79,13 +79,4 @@ class CSPDarknet(nn.Module):
             stages.append(nn.Sequential(*stage))
             channels.append(out)
             width = out
-        self.stages = nn.ModuleList(stages)
-        self.strides = list(strides)
-        self.channels = [channels[(4, 8, 16, 32).index(stride)] for stride in strides]
-
-    def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
-        x = self.stem(x)
-        maps = {}
-        for stride, stage in zip((4, 8, 16, 32), self.stages):
-            x = maps[stride] = stage(x)
-        return [maps[stride] for stride in self.strides]
+        self.finish(stages, channels, strides)
