@@ -1,9 +1,10 @@
 """An exported file against the weights it was made from: boxes, scores and AP, at other sizes than that of the training.
 
-    python tests/export_proof.py FOLDER RUN [RUN ...] [--sizes 640x640 1088x1920] [--images 100]
+    python tests/export_proof.py FOLDER RUN [RUN ...] [--sizes 640x640 1088x1920] [--images 100] [--data bccd]
+        [--cell 240x320]
 
-exports each trained run in fp32 and fp16, and detects on sheets: half of them real photos of the run's data set, put
-side by side at the size that the detector was trained at, half of them drawn crowds. AP is that on the photos. The
+exports each trained run in fp32 and fp16, and detects on sheets: half of them real photos of a data set (the run's),
+put side by side at one size (that of the run's training), half of them drawn crowds. AP is that on the photos. The
 fp16 file is run with the roundings of a GPU written into its graph. Killed and called again, it goes on with what is
 left. Writes export-proof.md into FOLDER."""
 
@@ -88,10 +89,12 @@ def detect_all(detector: Detector, image: Images, count: int, file: Path) -> Det
     return load_detections(file)
 
 
-def prove_run(run: Path, size: tuple[int, int], count: int, folder: Path) -> list[str]:
+def prove_run(
+    run: Path, size: tuple[int, int], count: int, folder: Path, data: str | None, cell: tuple[int, int] | None
+) -> list[str]:
     "Rows of the table: one for each precision."
     original = load_detector(find_detector(run))
-    model, data = original.model, original.record["data"].partition("/")[0]
+    model, data = original.model, data or original.record["data"].partition("/")[0]
     stem = f"{model.model_name}-{size[0]}x{size[1]}"
     fp32 = folder / f"{stem}-fp32.onnx"
     fp16 = folder / f"{stem}-fp16.onnx"
@@ -99,7 +102,7 @@ def prove_run(run: Path, size: tuple[int, int], count: int, folder: Path) -> lis
         export_onnx(model, fp32, size=size)
     if not fp16.exists():
         to_half(fp32, fp16)
-    photos, truth = photo_sheets(load_dataset(data, "val"), size, original.size, count // 2)
+    photos, truth = photo_sheets(load_dataset(data, "val"), size, cell or original.size, count // 2)
 
     def image(row: int) -> np.ndarray:
         seed = derive_seed(1, "scene", *size, row)
@@ -134,6 +137,8 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--sizes", nargs="+", default=["640x640", "1088x1920"])
     parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--data")
+    parser.add_argument("--cell", type=lambda text: tuple(map(int, text.split("x"))))
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -142,7 +147,7 @@ def main() -> None:
     for run in asked.runs:
         for size in asked.sizes:
             height, width = map(int, size.split("x"))
-            text += prove_run(run, (height, width), asked.images, asked.folder)
+            text += prove_run(run, (height, width), asked.images, asked.folder, asked.data, asked.cell)
     with atomic_write(asked.folder / "export-proof.md") as path:
         path.write_text("\n".join(text) + "\n")
 

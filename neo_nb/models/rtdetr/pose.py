@@ -62,13 +62,13 @@ class PoseHead(nn.Module):
         "Where the joints of each query are."
         spots = own_precision(self.guess, queries).float().unflatten(-1, (self.keypoints, 2))
         rounds = [to_places(boxes, spots)]
-        known = queries[:, :, None] + self.joint.weight.to(queries.dtype)
+        known = queries.float()[:, :, None] + self.joint.weight
         for correct in self.correct:
             at = 2 * rounds[-1].detach() - 1
             seen = [
                 F.grid_sample(x.float(), at, padding_mode="border", align_corners=False) for x in maps[: self.count]
             ]
-            seen = self.see(torch.cat(seen, 1).permute(0, 2, 3, 1).to(queries.dtype))
+            seen = own_precision(self.see, torch.cat(seen, 1).permute(0, 2, 3, 1))
             moved = own_precision(correct, F.relu(known + seen)).float()
             spots = spots + moved[..., :2]
             rounds.append(to_places(boxes, spots))
