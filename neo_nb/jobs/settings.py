@@ -24,6 +24,7 @@ MODELS = (
     "rtdetrv2_hgnetv2_l rtdetrv2_hgnetv2_x rtdetrv2_timm detr_nano detr_r50 detr_r50_dc5 detr_r101 "
     "dinov3_rtdetr_nano dinov3_rtdetr_s dinov3_rtdetr_b dinov3_rtdetr dinov3_detr_nano dinov3_detr_s dinov3_detr_b "
     "dinov3_detr rtdetr_nano_seg rtdetr_r18_seg rtdetr_r50_seg rtdetrv2_r18_seg rtdetrv2_r50_seg "
+    "rtmdet_ins_nano rtmdet_ins_tiny rtmdet_ins_s rtmdet_ins_m rtmdet_ins_l rtmdet_ins_x rtmdet_ins_lite0 "
     "rtdetr_nano_pose rtdetr_r18_pose rtdetr_r50_pose rtdetrv2_r18_pose rtdetrv2_r50_pose yolox_nano yolox_tiny yolox_s yolox_m yolox_l yolox_x"
 ).split()  # written out, so that a job is refused before torch is imported
 TASKS = {"detection": "detection", "object_detection": "detection"}

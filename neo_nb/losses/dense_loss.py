@@ -43,6 +43,8 @@ class DenseSums:
     box: Float[Tensor, ""]
     quality: Float[Tensor, ""]  # What both are to be divided by, summed over the update, at least 1
     cells: Int64[Tensor, ""]  # Cells with an object
+    objects: Int64[Tensor, "b p"]  # Each cell's object in its image; -1: none
+    weights: Float[Tensor, "b p"]  # How well each cell's box fits it
 
 
 def as_pixels(
@@ -71,10 +73,10 @@ def assign_images(
     targets: tuple[Targets, ...],  # One per image, as fractions of the frame
     frame: tuple[int, int],  # (height, width) of the padded input, pixels
 ) -> tuple[
-    Float[Tensor, "b p 4"], Int64[Tensor, "b p"], Float[Tensor, "b p"]
-]:  # Box, class (-1: none), IoU of each cell
+    Float[Tensor, "b p 4"], Int64[Tensor, "b p"], Float[Tensor, "b p"], Int64[Tensor, "b p"]
+]:  # Box, class (-1: none), IoU and object (-1: none) of each cell
     "What the cells of each image are to learn; a cell without an object has its own box, or any object's."
-    wanted, labels, quality = [], [], []
+    wanted, labels, quality, things = [], [], [], []
     for row, target in enumerate(targets):
         objects = as_pixels(cxcywh_to_xyxy(target.boxes.float()), frame)
         found = assigner(scores[row], boxes[row].detach(), cells, objects, target.labels)
@@ -82,7 +84,8 @@ def assign_images(
         wanted.append(objects[place] if len(target) else boxes[row].detach())
         labels.append(torch.where(found.objects >= 0, target.labels[place] if len(target) else place, -1))
         quality.append(found.quality)
-    return torch.stack(wanted), torch.stack(labels), torch.stack(quality)
+        things.append(found.objects)
+    return torch.stack(wanted), torch.stack(labels), torch.stack(quality), torch.stack(things)
 
 # %% ../../nbs/30_losses/05_dense_loss.ipynb #1e2947ad
 def dense_loss(
@@ -94,11 +97,11 @@ def dense_loss(
 ) -> DenseSums:
     "Assign the cells of each image, and sum what they have to learn."
     logits, boxes = logits.float(), boxes.float()
-    wanted, labels, quality = assign_images(assign, logits, boxes, cells, targets, frame)
+    wanted, labels, quality, things = assign_images(assign, logits, boxes, cells, targets, frame)
     score = quality_focal_loss(logits, quality, labels)
     score = score.masked_fill(in_ignore_regions(boxes, frame, targets) & (labels < 0), 0)
     box = (1 - paired_giou(boxes, wanted)) * quality
-    return DenseSums(score.sum(), box.sum(), quality.sum(), (labels >= 0).sum())
+    return DenseSums(score.sum(), box.sum(), quality.sum(), (labels >= 0).sum(), things, quality)
 
 
 def in_ignore_regions(

@@ -91,7 +91,7 @@ def simota_loss(
     "Assign the cells of each image, and sum what they have to learn."
     logits, objectness, boxes = logits.float(), objectness.float(), boxes.float()
     scores = (logits.detach().sigmoid() * objectness.detach().sigmoid()[..., None]).sqrt()
-    wanted, labels, quality = assign_images(assign_simota, scores, boxes, cells, targets, frame)
+    wanted, labels, quality, _ = assign_images(assign_simota, scores, boxes, cells, targets, frame)
     known = (labels >= 0).float()
     there = F.binary_cross_entropy_with_logits(objectness, known, reduction="none")
     there = there.masked_fill(in_ignore_regions(boxes, frame, targets) & (labels < 0), 0)

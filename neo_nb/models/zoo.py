@@ -23,10 +23,19 @@ from .external import Family
 from .rtdetr import convert as rtdetr
 from .rtdetr import pose, segment
 from .rtmdet import convert as rtmdet
+from .rtmdet import segment as rtmdet_ins
 from .yolox import convert as yolox
 
 # %% ../../nbs/40_models/20_zoo.ipynb #a6b54ee0
-FAMILIES: tuple[Family, ...] = (rtdetr.FAMILY, segment.FAMILY, pose.FAMILY, detr.FAMILY, rtmdet.FAMILY, yolox.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    rtdetr.FAMILY,
+    segment.FAMILY,
+    pose.FAMILY,
+    detr.FAMILY,
+    rtmdet_ins.FAMILY,
+    rtmdet.FAMILY,
+    yolox.FAMILY,
+)
 VARIANTS: dict[str, Any] = {name: config for family in FAMILIES for name, config in family.variants.items()}
 
 
