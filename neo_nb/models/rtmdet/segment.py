@@ -236,7 +236,7 @@ _KEYS = (
     (r"^bbox_head\.mask_head\.projection\.", "masks.project."),
 )
 
-
+# %% ../../../nbs/40_models/18_rtmdet/05_segment.ipynb #7963c815
 def convert(
     tensors: dict[str, Tensor],  # Of a checkpoint of mmdetection
     config: dict,  # id2label where the file names its classes
