@@ -77,7 +77,9 @@ def people(folder: Path, monkeypatch):
 @pytest.fixture(scope="module", params=WALKED)
 def trained(request, folder) -> tuple[str, Path, Path]:
     """A model and a run of two epochs."""
-    small = "--data people --passes-per-epoch 6 --batch-size 3 --tracker none --target cpu --cache --epochs 2"
+    # a dense detector's fresh boxes are all alike, and which of them is suppressed hangs on the last bit
+    passes = 6 if few(request.param) else 16
+    small = f"--data people --passes-per-epoch {passes} --batch-size 3 --tracker none --target cpu --cache --epochs 2"
     neo("train", *small.split(), "--size", *SIZE, "--model", request.param, cwd=folder)
     return request.param, folder, max(folder.glob(f"reports/*-train-people-{request.param}"))
 
@@ -98,7 +100,8 @@ def test_the_other_commands_take_the_run(trained):
     number = run.name.partition("-")[0]
     found = json.loads(neo("evaluate", number, "--verify", "--json", cwd=folder))
     assert found["images"] == 6 and found["verification"]["AP"]["difference"] < 1e-6
-    assert "export proven" in neo("export", number, "--min-score", "0.0001", cwd=folder)
+    least = "0.0001" if few(name) else "0.01"
+    assert "export proven" in neo("export", number, "--min-score", least, cwd=folder)
     file = max(folder.glob("reports/*/model.onnx"), key=lambda path: path.stat().st_mtime)
     detector, reference = load_detector(file), load_detector(run)
     assert detector.record["model"] == name and detector.task == task_of(name)
