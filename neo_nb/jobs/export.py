@@ -21,8 +21,7 @@ from .checkpoints import fetch_checkpoint, result_place
 from .dataset import bring_some, write_data
 from .environment import Order
 from .reporter import now
-from .settings import check_task
-from .storage import S3
+from .settings import check_task, without_effect
 from .supervisor import Job, supervise
 
 # %% ../../nbs/72_jobs/21_export.ipynb #df334b00
@@ -36,7 +35,7 @@ def _order_of_data(job: Job) -> Order:
     if order.dataset_id or order.dataset_uri or order.snapshot_id:
         return order
     place, key = result_place(job), f"checkpoints/{order.training_job_id}/state.json"
-    if not order.training_job_id or not isinstance(place, S3) or not place.has(key):
+    if not order.training_job_id or not place.has(key):
         what = "nobody says which images can prove the file"
         raise InputError(
             what, "environment", "set DATASET_ID, DATASET_S3_URI, or TRAINING_JOB_ID of a training of ours"
@@ -66,8 +65,12 @@ def _words(order: Order, checkpoint: str, data: Path) -> tuple[list[str], list[s
         words += ["--batch", batch] + (["--opset", str(basic.opset_version)] if basic.opset_version else [])
     words += ["--precision", "fp16"] if basic.half else []
     words += ["--min-score", str(order.advanced["min_score"])] if "min_score" in order.advanced else []
-    unknown = [*order.unknown, *(f"advanced.{key}" for key in order.advanced if key != "min_score")]
-    return words, [f"not known here, and without effect: {', '.join(unknown)}"] if unknown else []
+    heeded = {"imgsz", "input_shape", "half", "split_config"} | (
+        {"opset_version", "dynamic"} if kind != "tflite" else set()
+    )
+    heeded -= {"imgsz"} if basic.input_shape else set()
+    unknown = (f"advanced.{key}" for key in order.advanced if key != "min_score")
+    return words, without_effect(order, heeded, unknown)
 
 # %% ../../nbs/72_jobs/21_export.ipynb #508cf07e
 def describe(
@@ -135,6 +138,7 @@ def _export(job: Job) -> None:
     order = job.order
     check_task(order)
     _words(order, "", Path())  # what makes no sense is said before anything is fetched
+    place = result_place(job)
     job.reporter.started()
     job.stage = "Checkpoint"
     checkpoint = fetch_checkpoint(order, job.folder)
@@ -151,7 +155,7 @@ def _export(job: Job) -> None:
     name = f"{(order.model_name or 'model').replace('/', '_')}-{order.export_format.lower()}.zip"
     about = _archive(job, run, job.folder / name)
     key = f"exports/{order.training_job_id or 'checkpoint'}/{job.address.job_id}/{name}"
-    uri = result_place(job).put(job.folder / name, key)
+    uri = place.put(job.folder / name, key)
     body = {"type": "export", "export_format": order.export_format, "output_s3_uri": uri}
     body |= {"file_size_bytes": (job.folder / name).stat().st_size, "metadata": about, "timestamp": now()}
     job.reporter.completed(body, {}, {"best_checkpoint": uri})
