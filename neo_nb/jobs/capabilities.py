@@ -37,7 +37,7 @@ def _setting(name: str) -> dict[str, Any]:
         found[key] = said[0] if said else None
     return found | {"options": options or None, "description": field.description}
 
-
+# %% ../../nbs/72_jobs/23_capabilities.ipynb #200b1cc1
 def capabilities(
     rows: Sequence[Mapping[str, Any]],  # Of the catalogue: model, parameters, M, GFLOPs, …
 ) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def _order_of_data(job: Job) -> Order:
     known = json.loads(place.read(key)).get("data", {})
     return order.model_copy(update={name: value for name, value in known.items() if value})
 
-
+# %% ../../nbs/72_jobs/21_export.ipynb #c836c683
 def _words(order: Order, checkpoint: str, data: Path) -> tuple[list[str], list[str]]:  # Words, notes
     "The command."
     kind, basic = FORMATS.get(order.export_format.lower()), order.basic

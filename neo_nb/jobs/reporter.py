@@ -29,7 +29,7 @@ _COMPLETION = {
     "export": "/export/jobs/{}/callback/completion",
 }
 
-
+# %% ../../nbs/72_jobs/14_reporter.ipynb #08d65543
 def now() -> str:
     "The time, as JSON has it."
     return datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -71,11 +71,6 @@ class Reporter:
         if self.second:
             threading.Thread(target=self._pulse, name="heartbeat", daemon=True).start()
 
-    def _pulse(self) -> None:
-        while not self.ended:
-            self.beat()
-            time.sleep(BEAT)
-
     def _sender(self, name: str, folder: str | Path, base: str | None) -> Sender | None:
         if base is None:
             return None
@@ -86,15 +81,26 @@ class Reporter:
         self.fresh[name] = not len(spool)
         return Sender(base, spool, self.print, own, on_answer=self._answered, **retries)
 
-    def _answered(self, answer: Mapping[str, Any]) -> None:
-        if answer.get("should_continue") is False:
-            self.stop()
+# %% ../../nbs/72_jobs/14_reporter.ipynb #03400008
+@patch
+def _answered(self: Reporter, answer: Mapping[str, Any]) -> None:
+    if answer.get("should_continue") is False:
+        self.stop()
 
-    def print(self, level: str, text: str) -> None:
-        "A line, for who reads the container's output."
-        trace = f"[TRACE:{self.address.trace_id}] " if self.address.backend_url else f"{now()} "
-        with suppress(OSError, ValueError):  # nobody reads, or the disk is full: what is sent matters more
-            print("\n".join(f"{trace}[{level}] {self.mask.text(line)}" for line in text.splitlines()), flush=True)
+
+@patch
+def print(self: Reporter, level: str, text: str) -> None:
+    "A line, for who reads the container's output."
+    trace = f"[TRACE:{self.address.trace_id}] " if self.address.backend_url else f"{now()} "
+    with suppress(OSError, ValueError):  # nobody reads, or the disk is full: what is sent matters more
+        print("\n".join(f"{trace}[{level}] {self.mask.text(line)}" for line in text.splitlines()), flush=True)
+
+
+@patch
+def _pulse(self: Reporter) -> None:
+    while not self.ended:
+        self.beat()
+        time.sleep(BEAT)
 
 # %% ../../nbs/72_jobs/14_reporter.ipynb #7ebeead0
 @patch
@@ -143,7 +149,7 @@ def flush(self: Reporter) -> None:
     for line in lines if self.first else ():
         self.first.log(line)
 
-
+# %% ../../nbs/72_jobs/14_reporter.ipynb #6900b478
 @patch
 def started(self: Reporter, total_epochs: int = 1) -> None:
     "The job has begun."
@@ -187,7 +193,7 @@ def epoch(
     told = f"epoch {number} of {total}: {primary} {row.get(primary, -1):.4f}" + ", the best one" * best
     self.log(told, event="validation_complete", data={"epoch": number, primary: row.get(primary)})
 
-
+# %% ../../nbs/72_jobs/14_reporter.ipynb #d2124068
 @patch
 def position(self: Reporter, at: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     "The body of a heartbeat."

@@ -34,6 +34,8 @@ ALIASES = {  # Theirs, with underscores → ours
     "conditional_detr": "conditional_detr_r50",
     "deformable_detr": "deformable_detr_r50",
 }
+
+# %% ../../nbs/72_jobs/16_settings.ipynb #b2c47a61
 TASKS = {"detection": "detection", "object_detection": "detection"}
 OTHER_TASKS = (
     "classification", "image_classification", "segmentation", "instance_segmentation", "semantic_segmentation",
@@ -257,7 +259,7 @@ def _own(epochs: int, into: Translated) -> dict[str, Callable[[Any], dict[str, A
     said = {"lr_scheduler": schedule, "val_interval": interval, "warmup_ratio": ratio, "checkpoint_interval": keep}
     return shares | flags | said | {"warmup_epochs": warmup, "sync_bn": lambda value: {"sync_bn": _flag(value)}}
 
-
+# %% ../../nbs/72_jobs/16_settings.ipynb #32957702
 def _advanced(order: Order, into: Translated, epochs: int) -> list[str]:  # Keys that nobody knows
     "The settings of those who know what they do; what they overrule is said."
     unknown, own = [], _own(epochs, into)

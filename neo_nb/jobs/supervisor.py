@@ -85,7 +85,7 @@ _READERS = {  # Kind of error → modules that find it in what they read
 }
 STOPPING = 10.0  # Seconds that a storage gets, once a signal has come: before the last word, and after it
 
-
+# %% ../../nbs/72_jobs/15_supervisor.ipynb #99f5a660
 @dataclass
 class Ended:
     "How a worker ended."
@@ -200,44 +200,52 @@ class Job:
     starting: bool = False  # A worker is about to be there: a signal waits for it
     after: Callable[[], None] = lambda: None  # Once the platform knows all that it could be told
 
-    def handle(self, number: int, _frame: Any = None) -> None:
-        "A signal came."
-        again = self.hurried
-        self.signals += 1
-        self.why = self.why or signal.Signals(number).name
-        if self.closing or self.starting:
-            return
-        if self.process is None:
-            raise Interrupted(f"stopped by {self.whom}")
-        if again or self.signals == 1:  # else the worker is stopping already
-            with suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+# %% ../../nbs/72_jobs/15_supervisor.ipynb #915dda28
+@patch
+def handle(self: Job, number: int, _frame: Any = None) -> None:
+    "A signal came."
+    again = self.hurried
+    self.signals += 1
+    self.why = self.why or signal.Signals(number).name
+    if self.closing or self.starting:
+        return
+    if self.process is None:
+        raise Interrupted(f"stopped by {self.whom}")
+    if again or self.signals == 1:  # else the worker is stopping already
+        with suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
-    @property
-    def hurried(self) -> bool:
-        "Whether whoever runs the container wants it to end: what takes time has to be left."
-        return self.signals > (self.why == "backend")
 
-    @property
-    def whom(self) -> str:
-        "Who stopped it, for people."
-        return "the platform" if self.why == "backend" else self.why
+@patch(as_prop=True)
+def hurried(self: Job) -> bool:
+    "Whether whoever runs the container wants it to end: what takes time has to be left."
+    return self.signals > (self.why == "backend")
 
-    def wait(self, thread: threading.Thread) -> bool:  # Whether it has ended
-        "Wait for a thread; once a signal has come, no more than a few seconds."
-        until = float("inf")
-        while thread.is_alive():
-            thread.join(0.1)
-            until = min(until, time.monotonic() + STOPPING) if self.hurried else until
-            if time.monotonic() > until:
-                return False
-        return True
 
-    def stop(self) -> None:
-        "The backend does not want it to go on; called from the sender's thread."
-        if not self.why and not self.closing:
-            self.why = "backend"
-            os.kill(os.getpid(), signal.SIGTERM)
+@patch(as_prop=True)
+def whom(self: Job) -> str:
+    "Who stopped it, for people."
+    return "the platform" if self.why == "backend" else self.why
+
+
+@patch
+def wait(self: Job, thread: threading.Thread) -> bool:  # Whether it has ended
+    "Wait for a thread; once a signal has come, no more than a few seconds."
+    until = float("inf")
+    while thread.is_alive():
+        thread.join(0.1)
+        until = min(until, time.monotonic() + STOPPING) if self.hurried else until
+        if time.monotonic() > until:
+            return False
+    return True
+
+
+@patch
+def stop(self: Job) -> None:
+    "The backend does not want it to go on; called from the sender's thread."
+    if not self.why and not self.closing:
+        self.why = "backend"
+        os.kill(os.getpid(), signal.SIGTERM)
 
 # %% ../../nbs/72_jobs/15_supervisor.ipynb #46c3d97e
 @patch
@@ -361,7 +369,7 @@ def _finish(job: Job) -> bool:  # Whether the platform knows everything
     job.wait(after)
     return delivered
 
-
+# %% ../../nbs/72_jobs/15_supervisor.ipynb #c1dd823f
 def supervise(
     kind: Kind,
     act: Callable[[Job], None],  # Does the job, and says that it is completed
