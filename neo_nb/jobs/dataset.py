@@ -224,7 +224,7 @@ def _read(files: Mapping[str, bytes], task: str, source: Source) -> tuple[dict[s
         document = json.loads(files[name])
     except ValueError as error:
         raise InputError(f"not JSON ({error})", name) from error
-    from neo_nb.data.dice import flat_document  # late: it imports torch, which the supervisor does without
+    from neo_nb.data.dice import flat_document  # late: it imports torch, which a refusal does without
 
     return flat_document(document, name), _image_root(document, source.prefix)
 
