@@ -18,13 +18,15 @@ import onnxruntime
 
 # %% ../../nbs/72_jobs/20_runtime.ipynb #0ca76342
 class Detector:
-    "An exported detector: an image in, boxes out."
+    "An exported detector: images in, boxes out."
 
     def __init__(self, folder="."):
         self.about = json.loads(Path(folder, "metadata.json").read_text(encoding="utf-8"))
         self.session = onnxruntime.InferenceSession(str(Path(folder, "model.onnx")))
         self.size = self.about["preprocessing"]["content_size"]  # (height, width) that an image is brought to
         self.frame = self.about["input_shape"][2:]  # the same, padded
+        batch = self.about["input_shape"][0]
+        self.batch = batch if isinstance(batch, int) else None  # None: as many as there are
 
     def scaled(self, image):
         "An image (RGB, uint8) at the network's size; its proportions are kept unless it was trained otherwise."
@@ -38,22 +40,46 @@ class Detector:
         far = 2 * height < image.shape[0] or 2 * width < image.shape[1]
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if far else cv2.INTER_LINEAR)
 
-    def __call__(self, image, threshold=None):
-        "Boxes of an image: a path, or RGB uint8 of height x width x 3."
+    def read(self, image):
+        "An image as RGB uint8 of height x width x 3: such an array, or the path of a file."
         if isinstance(image, (str, Path)):
-            image = cv2.imdecode(np.fromfile(image, np.uint8), cv2.IMREAD_COLOR_RGB)
-        threshold = self.about["confidence_threshold"] if threshold is None else threshold
-        content = self.scaled(image)
-        frame = np.zeros((1, *self.frame, 3), np.uint8)
-        frame[0, : content.shape[0], : content.shape[1]] = content
-        sizes = [np.array([shape[:2]], np.int64) for shape in (content.shape, image.shape)]
-        feed = dict(zip(("images", "sizes", "original_sizes"), (frame.transpose(0, 3, 1, 2), *sizes)))
-        boxes, scores, labels = (part[0] for part in self.session.run(("boxes", "scores", "labels"), feed))
+            found = cv2.imdecode(np.fromfile(image, np.uint8), cv2.IMREAD_COLOR_RGB)
+            if found is None:
+                raise ValueError(f"{image}: not a readable image")
+            return found
+        return image
+
+    def __call__(self, image, threshold=None):
+        "Boxes of an image: a path, or an RGB array."
+        return self.many([image], threshold)[0]
+
+    def many(self, images, threshold=None):
+        "Boxes of each of any number of images."
+        found, step = [], self.batch or 8
+        for start in range(0, len(images), step):
+            found += self.run([self.read(image) for image in images[start : start + step]], threshold)
+        return found
+
+    def run(self, images, threshold):
+        "One call of the file."
+        count, threshold = len(images), self.about["confidence_threshold"] if threshold is None else threshold
+        images = images + images[:1] * ((self.batch or count) - count)
+        frames = np.zeros((len(images), *self.frame, 3), np.uint8)
+        contents = [self.scaled(image) for image in images]
+        for frame, content in zip(frames, contents):
+            frame[: content.shape[0], : content.shape[1]] = content
+        sizes = [np.array([part.shape[:2] for part in parts], np.int64) for parts in (contents, images)]
+        pixels = np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
+        feed = dict(zip(("images", "sizes", "original_sizes"), (pixels, *sizes)))
+        answers = zip(*self.session.run(("boxes", "scores", "labels"), feed))
         names = self.about["class_names"]
         return [
-            {"class_id": int(k), "class_name": names[k], "confidence": float(s), "bbox": [float(v) for v in box]}
-            for box, s, k in zip(boxes, scores, labels)
-            if s >= threshold and k >= 0
+            [
+                {"class_id": int(k), "class_name": names[k], "confidence": float(s), "bbox": [float(v) for v in box]}
+                for box, s, k in zip(boxes, scores, labels)
+                if s >= threshold and k >= 0
+            ]
+            for (boxes, scores, labels), _ in zip(answers, range(count))
         ]
 
 # %% ../../nbs/72_jobs/20_runtime.ipynb #4f07a57e
@@ -66,5 +92,5 @@ def runtime_source() -> str:
         "import json\nimport sys\nfrom pathlib import Path\n\nimport cv2\nimport numpy as np\nimport onnxruntime\n\n\n"
     )
     tail = '\n\nif __name__ == "__main__":\n    detect = Detector(Path(__file__).parent)\n'
-    tail += "    print(json.dumps({path: detect(path) for path in sys.argv[1:]}, indent=1))\n"
+    tail += "    print(json.dumps(dict(zip(sys.argv[1:], detect.many(sys.argv[1:]))), indent=1))\n"
     return head + inspect.getsource(Detector) + tail
