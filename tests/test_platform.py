@@ -143,7 +143,7 @@ def test_prediction_and_export_of_its_weights(platform, trained):
     assert len(platform.keys("inference-results/5/labels/")) == len(platform.keys("inference-results/5/images/")) == 10
     [exported] = [body for name, body in platform.backend.heard if body.get("type") == "export" and "metadata" in body]
     archive = zipfile.ZipFile(io.BytesIO(platform.read(exported["output_s3_uri"].partition(f"{CHECKPOINTS}/")[2])))
-    assert set(archive.namelist()) == {"model.onnx", "metadata.json", "runtime.py"}
+    assert set(archive.namelist()) == {"model.onnx", "metadata.json", "runtime.py", "runtime.hpp"}
     assert json.loads(archive.read("metadata.json")) == exported["metadata"]
     fields = (
         "framework model_name export_format task_type input_shape input_dtype output_shape class_names num_classes"

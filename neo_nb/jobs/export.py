@@ -1,4 +1,4 @@
-"""An archive with the model, what there is to know about it, and a file that runs it
+"""An archive with the model, what there is to know about it, and files that run it
 
 `python -m neo_nb.jobs.export`: the export that the environment describes; `describe` is its `metadata.json`."""
 
@@ -106,7 +106,7 @@ def describe(
 # %% ../../nbs/72_jobs/21_export.ipynb #c1c4d580
 def _archive(job: Job, run: Path, path: Path) -> dict[str, Any]:  # metadata.json
     "The model, what there is to know about it, and what runs it."
-    from neo_nb.jobs.runtime import runtime_source
+    from neo_nb.jobs.runtime import cpp_runtime, runtime_source
 
     order, asked = job.order, job.order.basic.model_dump(mode="json", exclude_defaults=True)
     texts, files = (
@@ -118,7 +118,7 @@ def _archive(job: Job, run: Path, path: Path) -> dict[str, Any]:  # metadata.jso
     )
     if (run / "model.onnx").is_file():
         about = describe(run / "model.onnx", order.export_format, asked)
-        texts["runtime.py"] = runtime_source()
+        texts |= {"runtime.py": runtime_source(), "runtime.hpp": cpp_runtime(about)}
     else:
         told = json.loads((run / "export.json").read_text(encoding="utf-8"))
         about = {"framework": "neo_nb", "export_format": order.export_format, "task_type": "detection"}
