@@ -205,12 +205,10 @@ def _number(value: Any) -> float:
 
 def _share(value: Any) -> float:
     "A share of images; true is half of them."
+    if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
+        return 0.5 * _flag(value)
     try:
-        return (
-            0.5 * _flag(value)
-            if isinstance(value, bool) or str(value).strip().lower() in ("true", "false")
-            else _number(value)
-        )
+        return _number(value)
     except ValueError:
         raise ValueError("a share from 0 to 1, true or false was expected") from None
 
@@ -218,7 +216,7 @@ def _share(value: Any) -> float:
 def _every(value: Any) -> int:
     "Epochs between two that are kept; -1 and 0 stand for never."
     number = _number(value)
-    if number != int(number) or number < -1:
+    if not -1 <= number < 1e6 or number != int(number):
         raise ValueError("a whole number was expected, -1 for never")
     return max(int(number), 0)
 
@@ -307,7 +305,9 @@ def translate(
     into = Translated({"model": model, "tracker": "none"})
     recipe = recipe_settings({"model": model})
     _basic(order, into, {"model": model} | recipe)
-    unknown = _advanced(order, into, into.settings.get("epochs") or make_config(model=model).epochs)
+    wanted = order.advanced.get("epochs")
+    epochs = wanted if isinstance(wanted, int) and wanted > 0 else into.settings.get("epochs")
+    unknown = _advanced(order, into, epochs or make_config(model=model).epochs)
     into.notes += without_effect(order, _HEEDED, unknown)
     make_config(**into.settings)
     return into
