@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from moto.server import ThreadedMotoServer
-from platform_job import CONFIG, ROOT, Platform, workers
+from platform_job import CONFIG, ROOT, Platform, Stalling, wait_for, workers
 from safetensors.numpy import load
 
 EPOCHS = 4
@@ -147,6 +147,30 @@ def storage_down(platform: Platform, reference: dict) -> dict:
     return {"fault": "the storage is down", "status": status, "waited on disk": "", "holds": holds}
 
 
+def storage_hangs(platform: Platform, reference: dict) -> dict:
+    """The storage takes checkpoints and never answers; then the container is told to stop, and tried again elsewhere."""
+    stalling = Stalling(platform.endpoint, b"/checkpoints/93/")
+    stalling.asleep = True
+    hung = environment(platform, 93, "93-a", INTERNAL_STORAGE_ENDPOINT=stalling.endpoint)
+    process = platform.start("train", hung, platform.folder / "93.log")
+    while not workers(platform.folder, "train-93", "ipykernel_launcher") and process.poll() is None:
+        time.sleep(0.05)
+    stalling.asleep = False
+    wait_for(lambda: bool(stalling.held) and len(of(platform, 93, "results")) > 1, process)
+    process.terminate()
+    began = time.monotonic()
+    wait_for(lambda: not workers(platform.folder, "train-93"), process)  # it has saved, and stopped
+    stopped = time.monotonic() - began
+    wait_for(lambda: bool(of(platform, 93, "completion")), process)
+    told = time.monotonic() - began - stopped
+    status = process.wait(60)
+    second = platform.start("train", environment(platform, 93, "93-b"), platform.folder / "93.log").wait(600)
+    words = [body["status"] for body in of(platform, 93, "completion")]
+    holds = told < 15 and words == ["failed", "completed"] and not second and same(platform, 93, reference)
+    fault = f"the storage hangs, and SIGTERM: the worker stopped in {stopped:.0f} s, told {told:.0f} s later"
+    return {"fault": fault, "status": f"{status}, then {second}", "waited on disk": "", "holds": holds}
+
+
 def page(rows: list[dict], faults: list[dict], undisturbed: float) -> str:
     """What was found, for people."""
     drawn, rows = len(rows), [row for row in rows if row["first"] != 0]  # a first attempt that ended well was not hit
@@ -204,7 +228,7 @@ def main() -> None:
         jobs = [pool.submit(one, platform, 10 + k, k, 0.8 * undisturbed, reference) for k in range(asked.moments)]
         rows = [job.result() for job in jobs]
     faults = []
-    for fault in (backend_down, backend_silent, storage_down):
+    for fault in (backend_down, backend_silent, storage_down, storage_hangs):
         faults.append(fault(platform, reference))
         print(json.dumps(faults[-1]), flush=True)
     KEPT.write_text(page(rows, faults, undisturbed), encoding="utf-8")

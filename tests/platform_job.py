@@ -1,10 +1,13 @@
 """What a platform gives a job: data in a bucket of a real S3 server, a backend, an environment."""
 
+import contextlib
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,6 +136,71 @@ class Platform:
     def close(self) -> None:
         self.running.stop()
         self.storage.stop()
+
+
+class Cutting:
+    """A proxy to a storage that ends each connection after so many bytes of an answer, some times over."""
+
+    def __init__(self, endpoint: str, after: int, times: int):
+        self.target, self.after, self.times = endpoint.removeprefix("http://").split(":"), after, times
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self.server.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        while True:
+            try:
+                client, _ = self.server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.serve, args=(client,), daemon=True).start()
+
+    def serve(self, client: socket.socket) -> None:
+        upstream = socket.create_connection((self.target[0], int(self.target[1])))
+
+        def copy(source: socket.socket, to: socket.socket, most: int) -> None:
+            sent = 0
+            try:
+                while data := source.recv(65536):
+                    if sent + len(data) > most and self.times > 0:
+                        self.times -= 1
+                        to.sendall(data[: most - sent])
+                        break
+                    to.sendall(data)
+                    sent += len(data)
+            except OSError:
+                pass
+            for end in (source, to):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+        threading.Thread(target=copy, args=(client, upstream, 2**40), daemon=True).start()
+        copy(upstream, client, self.after)
+
+
+class Stalling(Cutting):
+    """A proxy to a storage that takes requests with certain words in them and never answers."""
+
+    def __init__(self, endpoint: str, words: bytes):
+        self.words, self.held, self.asleep = words, [], False
+        super().__init__(endpoint, 0, 0)
+
+    def serve(self, client: socket.socket) -> None:
+        upstream = socket.create_connection((self.target[0], int(self.target[1])))
+
+        def answers() -> None:
+            with contextlib.suppress(OSError):
+                while data := upstream.recv(65536):
+                    client.sendall(data)
+
+        threading.Thread(target=answers, daemon=True).start()
+        with contextlib.suppress(OSError):
+            while data := client.recv(65536):
+                if self.held.count(client) or (not self.asleep and self.words in data.split(b"\r\n")[0]):
+                    self.held.append(client)
+                else:
+                    upstream.sendall(data)
+        upstream.close()
 
 
 def wait_for(true: Callable[[], bool], job: subprocess.Popen, timeout: float = 300) -> None:

@@ -1,13 +1,10 @@
 """A training platform's container against a real S3 server and a real backend: what it says, keeps and survives."""
 
-import contextlib
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -22,7 +19,18 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 from moto.core import DEFAULT_ACCOUNT_ID  # noqa: E402
 from moto.s3.models import s3_backends  # noqa: E402
-from platform_job import CHECKPOINTS, CONFIG, DATASETS, SECRETS, Platform, nested, wait_for, workers  # noqa: E402
+from platform_job import (  # noqa: E402
+    CHECKPOINTS,
+    CONFIG,
+    DATASETS,
+    SECRETS,
+    Cutting,
+    Platform,
+    Stalling,
+    nested,
+    wait_for,
+    workers,
+)
 
 from neo_nb.base.core import InputError  # noqa: E402
 from neo_nb.jobs import export, predict, train  # noqa: E402
@@ -135,7 +143,7 @@ def test_prediction_and_export_of_its_weights(platform, trained):
     assert len(platform.keys("inference-results/5/labels/")) == len(platform.keys("inference-results/5/images/")) == 10
     [exported] = [body for name, body in platform.backend.heard if body.get("type") == "export" and "metadata" in body]
     archive = zipfile.ZipFile(io.BytesIO(platform.read(exported["output_s3_uri"].partition(f"{CHECKPOINTS}/")[2])))
-    assert set(archive.namelist()) == {"model.onnx", "metadata.json", "runtime.py"}
+    assert set(archive.namelist()) == {"model.onnx", "metadata.json", "runtime.py", "runtime.hpp"}
     assert json.loads(archive.read("metadata.json")) == exported["metadata"]
     fields = (
         "framework model_name export_format task_type input_shape input_dtype output_shape class_names num_classes"
@@ -143,11 +151,11 @@ def test_prediction_and_export_of_its_weights(platform, trained):
     fields += " created_at export_config confidence_threshold iou_threshold preprocessing postprocessing"
     assert set(exported["metadata"]) == set(fields.split())
     archive.extractall(platform.folder / "export")
-    image = next((platform.folder / "data/images").iterdir())
-    command = [sys.executable, "-I", str(platform.folder / "export/runtime.py"), str(image)]
-    assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout).keys() == {
-        str(image)
-    }
+    assert exported["metadata"]["input_shape"][0] == 1
+    images = sorted(map(str, (platform.folder / "data/images").iterdir()))[:3]  # more than the file takes at once
+    command = [sys.executable, "-I", str(platform.folder / "export/runtime.py"), *images]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert list(told) == images
 
 
 def test_no_secret_is_anywhere(platform, trained):
@@ -169,7 +177,8 @@ def test_the_second_contract_stops_a_job_and_keeps_what_there_is(platform):
     del known["CALLBACK_URL"]
     before = len(platform.backend.heard)
     job = platform.start("train", known, platform.folder / "19.log")
-    wait_for(lambda: any(name == "heartbeat" for name, _ in platform.backend.heard[before:]), job)
+    heard = platform.backend.heard
+    wait_for(lambda: any(name == "heartbeat" and body["epoch"] for name, body in heard[before:]), job)
     platform.backend.should_continue = False
     assert job.wait(120) == 0 and platform.backend.wrong == []
     platform.backend.should_continue = True
@@ -189,8 +198,28 @@ def test_the_second_contract_stops_a_job_and_keeps_what_there_is(platform):
 
 WRONG = {
     "task": ("train", {"TASK_TYPE": "instance_segmentation"}, "[Config] TASK_TYPE instance_segmentation: no model", 1),
-    "model": ("train", {"MODEL_NAME": "faster-rcnn-r50"}, "[Config] MODEL_NAME faster-rcnn-r50: this trainer", 1),
+    "model": ("train", {"MODEL_NAME": "centernet-r18"}, "[Config] MODEL_NAME centernet-r18: this trainer", 1),
     "value": ("train", {"EPOCHS": "many"}, "[Config] EPOCHS: ", 1),
+    "delay": ("train", {"CALLBACK_RETRY_DELAY": "0"}, "[Config] CALLBACK_RETRY_DELAY: input should be greater", 1),
+    "retries": (
+        "export",
+        {"CALLBACK_MAX_RETRIES": "1e9", "EXPORT_JOB_ID": "20"},
+        "[Config] CALLBACK_MAX_RETRIES: input should be",
+        3,
+    ),
+    "flag": ("train", {"ADVANCED_CONFIG": '{"amp": "perhaps"}'}, "[Config] advanced.amp: true or false was", 1),
+    "half a key": (
+        "train",
+        {"INTERNAL_STORAGE_SECRET_KEY": ""},
+        "[Config] INTERNAL_STORAGE_SECRET_KEY: is not set, and INTERNAL_STORAGE_ACCESS_KEY is",
+        1,
+    ),
+    "no keys": (
+        "predict",
+        {"INFERENCE_JOB_ID": "20", "INTERNAL_STORAGE_SECRET_KEY": "", "INTERNAL_STORAGE_ACCESS_KEY": ""},
+        "[Config] INTERNAL_STORAGE_ACCESS_KEY: is not set: what the job makes would be lost with its container",
+        1,
+    ),
     "hash": (
         "train",
         {"DATASET_VERSION_HASH": "0" * 64},
@@ -217,35 +246,116 @@ def test_what_makes_no_sense_is_told_to_the_platform(platform, name, tmp_path, m
     assert platform.backend.wrong == []
 
 
+def test_the_second_contract_has_no_other_place_than_the_bucket(platform, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    known = platform.environment(26, BACKEND_BASE_URL=platform.backend.url, CALLBACK_URL="", TRACE_ID="t-8")
+    keys = {"INTERNAL_STORAGE_ACCESS_KEY": "", "INTERNAL_STORAGE_SECRET_KEY": ""}
+    assert train.main(known | keys) == 1
+    name, done = platform.backend.heard[-1]
+    assert name == "done" and done["error"].startswith("[Config] INTERNAL_STORAGE_ACCESS_KEY: is not set")
+    assert not list(tmp_path.rglob("storage")) and platform.backend.wrong == []
+
+
 STOPPED = """
 import sys, time
-from neo_nb.jobs.supervisor import supervise
+from pathlib import Path
+from neo_nb.jobs import supervisor
+from neo_nb.jobs.checkpoints import Keeper, result_place
+
+supervisor.STOPPING = 1.0
 worker = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('now', 'ready', flush=True); time.sleep(60)"
 
 
 def act(job):
-    if sys.argv[1] == "worker":
+    if sys.argv[1] in ("worker", "platform"):
         job.must(job.work(["-c", worker], program=[sys.executable]))
+    if sys.argv[1] == "upload":
+        keeper = Keeper(job, result_place(job), {})
+        job.after = keeper.last_word
+        state = job.folder / "state"
+        state.mkdir()
+        (state / "last.pt").write_bytes(b"a state")
+        keeper.take(state, {"step": 1, "epoch": 1}, ended=True)
+        job.closing = True
+        job.reporter.log("now ready")
+        assert keeper.close()
+        job.closing = False
+        raise supervisor.JobFailed("Resource", f"stopped by {job.whom}: {keeper.error or 'it hangs'}")
     job.reporter.log("now ready")
     time.sleep(60)
 
 
-sys.exit(supervise("train", act))
+sys.exit(supervisor.supervise(sys.argv[2], act))
 """
 
 
-@pytest.mark.parametrize("where", ["worker", "before"])
+@pytest.mark.parametrize("where", ["worker", "before", "upload", "platform"])
 def test_a_container_that_is_asked_to_stop_says_so(platform, where, tmp_path):
     known = platform.environment(25, disk=f"stopped-{where}") | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    log = tmp_path / "log"
+    log, stalling = tmp_path / "log", Stalling(platform.endpoint, b"/state.json")
+    if where == "upload":
+        known["INTERNAL_STORAGE_ENDPOINT"] = stalling.endpoint
+    if where == "platform":
+        known |= {"BACKEND_BASE_URL": platform.backend.url, "INFERENCE_JOB_ID": "25"}
+    kind = "predict" if where == "platform" else "train"
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-c", STOPPED, where], env=os.environ | known, stdout=out)
-    wait_for(lambda: "now ready" in log.read_text(), process)
-    process.terminate()
+        process = subprocess.Popen([sys.executable, "-c", STOPPED, where, kind], env=os.environ | known, stdout=out)
+    wait_for(lambda: "now ready" in log.read_text() and (where != "upload" or stalling.held), process)
+    if where == "platform":
+        platform.backend.should_continue = False
+    else:
+        process.terminate()
     assert process.wait(30) == 1
+    platform.backend.should_continue = True
     told = of(platform, 25, "completion")[-1]["error_message"]
-    assert told.startswith("[Resource] stopped by SIGTERM")
+    assert told.startswith(
+        "[Resource] stopped by the platform" if where == "platform" else "[Resource] stopped by SIGTERM"
+    )
     assert not workers(platform.folder, "train-25")
+    stalling.server.close()
+
+
+BEATING = """
+import sys
+from neo_nb.jobs import reporter, train
+reporter.BEAT = 0.2
+sys.exit(train.main())
+"""
+
+
+def test_a_store_that_hangs_delays_neither_heartbeats_nor_the_last_word(platform, tmp_path):
+    """Before anything is trained: the images of a data set do not come."""
+    stalling = Stalling(platform.endpoint, b"/images/")
+    known = platform.environment(27, disk="stalled", BACKEND_BASE_URL=platform.backend.url, TRACE_ID="t-9")
+    known |= {"EXTERNAL_STORAGE_ENDPOINT": stalling.endpoint, "DATASET_CACHE_DIR": str(tmp_path / "cache")}
+    known |= {"PYTHONPATH": str(Path(__file__).parents[1])}
+    before = len(platform.backend.heard)
+    process = subprocess.Popen([sys.executable, "-c", BEATING], env=os.environ | known, stdout=subprocess.DEVNULL)
+    wait_for(lambda: len(stalling.held) > 9, process)
+    since = len(platform.backend.heard)
+    wait_for(lambda: [name for name, _ in platform.backend.heard[since:]].count("heartbeat") > 3, process)
+    process.terminate()
+    began = time.monotonic()
+    assert process.wait(30) == 1 and time.monotonic() - began < 15, "a request may take a minute, and four tries"
+    heard = platform.backend.heard[before:]
+    beats = [body for name, body in heard if name == "heartbeat"]
+    assert {(beat["epoch"], beat["total_epochs"]) for beat in beats[-3:]} == {(0, CONFIG["epochs"])}
+    assert of(platform, 27, "completion")[0]["error_message"] == "[Resource] stopped by SIGTERM"
+    [done] = [body for name, body in heard if name == "done"]
+    assert done["status"] == "failed" and platform.backend.wrong == []
+    stalling.server.close()
+
+
+def test_a_fault_of_the_data_that_the_worker_finds_is_one_of_the_data(platform):
+    document = nested(platform.folder / "torn", 5)
+    file = platform.folder / "torn/images/0.png"
+    file.write_bytes(file.read_bytes()[:500])
+    document["storage_info"] = {"image_root": "images/"}
+    platform.put_data("torn", document, platform.folder / "torn/images")
+    assert platform.run("train", platform.environment(28, disk="torn", DATASET_ID="torn")) == 1
+    told = of(platform, 28, "completion")[-1]
+    assert told["error_message"].startswith("[Dataset] ") and "0.png" in told["error_message"], told
+    assert "neo_nb/data/" in told["traceback"], "where it was found is told too"
 
 
 def test_a_refusal_of_the_last_word_is_an_exit_status(platform, tmp_path, monkeypatch):
@@ -279,46 +389,6 @@ def test_a_thousand_and_one_images_come_in_pages_once(platform):
 def ordered(platform: Platform, **change: str):
     known = platform.environment(22) | change
     return read_order(read_address("train", known), known)
-
-
-class Cutting:
-    """A proxy to a storage that ends each connection after so many bytes of an answer, some times over."""
-
-    def __init__(self, endpoint: str, after: int, times: int):
-        self.target, self.after, self.times = endpoint.removeprefix("http://").split(":"), after, times
-        self.server = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"http://127.0.0.1:{self.server.getsockname()[1]}"
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self) -> None:
-        while True:
-            try:
-                client, _ = self.server.accept()
-            except OSError:
-                return
-            threading.Thread(target=self.serve, args=(client,), daemon=True).start()
-
-    def serve(self, client: socket.socket) -> None:
-        upstream = socket.create_connection((self.target[0], int(self.target[1])))
-
-        def copy(source: socket.socket, to: socket.socket, most: int) -> None:
-            sent = 0
-            try:
-                while data := source.recv(65536):
-                    if sent + len(data) > most and self.times > 0:
-                        self.times -= 1
-                        to.sendall(data[: most - sent])
-                        break
-                    to.sendall(data)
-                    sent += len(data)
-            except OSError:
-                pass
-            for end in (source, to):
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-
-        threading.Thread(target=copy, args=(client, upstream, 2**40), daemon=True).start()
-        copy(upstream, client, self.after)
 
 
 def test_a_download_that_is_cut_off_goes_on_and_a_wrong_one_is_refused(platform, tmp_path):

@@ -94,6 +94,9 @@ def messages(self: Spool) -> list[dict[str, Any]]:
         return [asdict(message) for _, message in self.waiting]
 
 # %% ../../nbs/72_jobs/12_callbacks.ipynb #86f24f8d
+_LONGEST = 60.0  # Seconds between two tries
+
+
 class _Down(Exception):
     "The backend does not answer, or stumbles."
 
@@ -131,8 +134,8 @@ class Sender:
 
     @property
     def patience(self) -> float:
-        "Seconds that the end of a job waits for a backend that is down: 256, with the usual delay."
-        return self.delay * 2 ** (self.tries + 3)
+        "Seconds that the end of a job waits for a backend that is down: 256, with the usual delay; an hour at most."
+        return min(3600.0, self.delay * 2 ** (self.tries + 3))
 
 # %% ../../nbs/72_jobs/12_callbacks.ipynb #76ddb4e1
 @patch
@@ -186,7 +189,7 @@ def post(self: Sender, message: Message) -> dict[str, Any]:  # The answer; empty
 @patch
 def ask(self: Sender, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
     "A question, with its repetitions. Raises `Refused`, and `ConnectionError` when nobody answers."
-    wait = wait_exponential(multiplier=self.delay)
+    wait = wait_exponential(multiplier=self.delay, max=_LONGEST)
     again = Retrying(retry=retry_if_exception_type(_Down), stop=stop_after_attempt(self.tries), wait=wait)
     try:
         return again(self.post, Message(path, body))
@@ -211,7 +214,7 @@ def _round(self: Sender, message: Message) -> bool:  # Whether the message is do
             return True
         except _Down as error:
             why = str(error)
-        if number + 1 < self.tries and not self._pause(self.delay * 2**number):
+        if number + 1 < self.tries and not self._pause(min(_LONGEST, self.delay * 2**number)):
             return False
     if not self.down:
         self.say("WARNING", f"the backend is down ({why}); messages wait in {self.spool.folder}")
@@ -262,5 +265,5 @@ def _work(self: Sender) -> None:
             self._wake.clear()
         elif self._round(message):
             self.spool.drop()
-        elif not self._pause(min(60.0, self.delay * 2 ** min(self.down, 6))):
+        elif not self._pause(min(_LONGEST, self.delay * 2 ** min(self.down, 6))):
             return

@@ -92,12 +92,15 @@ class Presigned:
 def result_place(
     job: Job,
 ) -> S3 | Folder | Presigned:
-    "Where checkpoints and results go."
-    if job.order.checkpoints.reachable:
-        return S3(job.order.checkpoints)
+    "Where checkpoints and results go. Raises `InputError` when there is no such place."
+    bucket = job.order.checkpoints
+    if bucket.reachable:
+        return open_place(bucket.uri(""), bucket)[0]
     if job.reporter.first and job.address.kind == "train":
         return Presigned(job.reporter.first, job.address.job_id)
-    return Folder(job.folder / "storage")
+    what = "is not set: what the job makes would be lost with its container"
+    remedy = "set it and INTERNAL_STORAGE_SECRET_KEY, or a folder in INTERNAL_BUCKET_CHECKPOINTS"
+    raise InputError(what, "INTERNAL_STORAGE_ACCESS_KEY", remedy)
 
 # %% ../../nbs/72_jobs/17_checkpoints.ipynb #0d17c773
 class Keeper:
@@ -235,15 +238,16 @@ def _work(self: Keeper) -> None:
 
 @patch
 def close(self: Keeper) -> str:  # What could not be stored; empty when all is
-    "Store what is left."
+    "Store what is left; a storage that hangs is not waited for when the job is told to stop."
     self.closing.set()
-    self.thread.join()
-    return self.error
+    ended = self.job.wait(self.thread)
+    return self.error if ended else self.error or "the storage has not taken the last checkpoint yet"
 
 # %% ../../nbs/72_jobs/17_checkpoints.ipynb #1e76a572
 @patch
 def last_word(self: Keeper) -> None:
     "What was said since the last state, and what could not be said, for another attempt on another disk."
+    self.thread.join()  # of an upload that was not waited for
     known = self.note()
     if not isinstance(self.place, Presigned):
         try:
@@ -338,7 +342,7 @@ def fetch_checkpoint(
     if uri is None:
         if not order.training_job_id:
             raise InputError("neither CHECKPOINT_S3_URI nor TRAINING_JOB_ID is set", "environment")
-        uri = f"s3://{order.checkpoints.name}/checkpoints/{order.training_job_id}/best.pt"
+        uri = order.checkpoints.uri(f"checkpoints/{order.training_job_id}/best.pt")
     if uri == "pretrained":
         return _published(order)
     file = folder / "checkpoint.pt"

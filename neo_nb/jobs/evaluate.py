@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from ..base.run_folders import run_folders
 from .checkpoints import fetch_checkpoint, result_place
 from .dataset import bring, write_data
-from .settings import _device, check_task
+from .settings import check_task, one_device, without_effect
 from .supervisor import Job, supervise
 from ..train.tracking import plain_numbers
 
@@ -24,6 +24,7 @@ def _evaluate(job: Job) -> None:
     "Checkpoint, data, the evaluation, its numbers."
     order = job.order
     check_task(order)
+    place = result_place(job)
     job.stage = "Checkpoint"
     checkpoint = fetch_checkpoint(order, job.folder)
     job.stage = "Dataset"
@@ -32,13 +33,13 @@ def _evaluate(job: Job) -> None:
         job.reporter.log(f"{counts['val']:,} images of {brought.source.name}", event="dataset_loaded", data=counts)
         words = ["--debug", "evaluate", checkpoint, "--data", str(manifest)]
         words += ["--batch-size", str(order.basic.batch)] if order.basic.batch else []
-        words += ["--device", _device(order.basic.device)[0] or "cuda"] if order.basic.device else []
-        if order.unknown or order.advanced:
-            unknown = ", ".join([*order.unknown, *(f"advanced.{key}" for key in order.advanced)])
-            job.reporter.log(f"not known here, and without effect: {unknown}", "WARNING")
+        device, notes = one_device(order.basic.device) if order.basic.device else ("", [])
+        words += ["--device", device] if device else []
+        for note in notes + without_effect(order, ("batch", "device"), (f"advanced.{key}" for key in order.advanced)):
+            job.reporter.log(note, "WARNING")
         job.stage = "Config"
         job.must(job.work(words))
-    run, place = run_folders(job.folder / "reports")[0], result_place(job)
+    run = run_folders(job.folder / "reports")[0]
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     names = ("metrics.json", "report.html", "evaluate.ipynb")
     uris = [

@@ -1,4 +1,4 @@
-"""An archive with the model, what there is to know about it, and a file that runs it
+"""An archive with the model, what there is to know about it, and files that run it
 
 `python -m neo_nb.jobs.export`: the export that the environment describes; `describe` is its `metadata.json`."""
 
@@ -21,8 +21,7 @@ from .checkpoints import fetch_checkpoint, result_place
 from .dataset import bring_some, write_data
 from .environment import Order
 from .reporter import now
-from .settings import check_task
-from .storage import S3
+from .settings import check_task, without_effect
 from .supervisor import Job, supervise
 
 # %% ../../nbs/72_jobs/21_export.ipynb #df334b00
@@ -36,7 +35,7 @@ def _order_of_data(job: Job) -> Order:
     if order.dataset_id or order.dataset_uri or order.snapshot_id:
         return order
     place, key = result_place(job), f"checkpoints/{order.training_job_id}/state.json"
-    if not order.training_job_id or not isinstance(place, S3) or not place.has(key):
+    if not order.training_job_id or not place.has(key):
         what = "nobody says which images can prove the file"
         raise InputError(
             what, "environment", "set DATASET_ID, DATASET_S3_URI, or TRAINING_JOB_ID of a training of ours"
@@ -44,7 +43,7 @@ def _order_of_data(job: Job) -> Order:
     known = json.loads(place.read(key)).get("data", {})
     return order.model_copy(update={name: value for name, value in known.items() if value})
 
-
+# %% ../../nbs/72_jobs/21_export.ipynb #c836c683
 def _words(order: Order, checkpoint: str, data: Path) -> tuple[list[str], list[str]]:  # Words, notes
     "The command."
     kind, basic = FORMATS.get(order.export_format.lower()), order.basic
@@ -66,8 +65,12 @@ def _words(order: Order, checkpoint: str, data: Path) -> tuple[list[str], list[s
         words += ["--batch", batch] + (["--opset", str(basic.opset_version)] if basic.opset_version else [])
     words += ["--precision", "fp16"] if basic.half else []
     words += ["--min-score", str(order.advanced["min_score"])] if "min_score" in order.advanced else []
-    unknown = [*order.unknown, *(f"advanced.{key}" for key in order.advanced if key != "min_score")]
-    return words, [f"not known here, and without effect: {', '.join(unknown)}"] if unknown else []
+    heeded = {"imgsz", "input_shape", "half", "split_config"} | (
+        {"opset_version", "dynamic"} if kind != "tflite" else set()
+    )
+    heeded -= {"imgsz"} if basic.input_shape else set()
+    unknown = (f"advanced.{key}" for key in order.advanced if key != "min_score")
+    return words, without_effect(order, heeded, unknown)
 
 # %% ../../nbs/72_jobs/21_export.ipynb #508cf07e
 def describe(
@@ -103,7 +106,7 @@ def describe(
 # %% ../../nbs/72_jobs/21_export.ipynb #c1c4d580
 def _archive(job: Job, run: Path, path: Path) -> dict[str, Any]:  # metadata.json
     "The model, what there is to know about it, and what runs it."
-    from neo_nb.jobs.runtime import runtime_source
+    from neo_nb.jobs.runtime import cpp_runtime, runtime_source
 
     order, asked = job.order, job.order.basic.model_dump(mode="json", exclude_defaults=True)
     texts, files = (
@@ -115,7 +118,7 @@ def _archive(job: Job, run: Path, path: Path) -> dict[str, Any]:  # metadata.jso
     )
     if (run / "model.onnx").is_file():
         about = describe(run / "model.onnx", order.export_format, asked)
-        texts["runtime.py"] = runtime_source()
+        texts |= {"runtime.py": runtime_source(), "runtime.hpp": cpp_runtime(about)}
     else:
         told = json.loads((run / "export.json").read_text(encoding="utf-8"))
         about = {"framework": "neo_nb", "export_format": order.export_format, "task_type": "detection"}
@@ -135,6 +138,7 @@ def _export(job: Job) -> None:
     order = job.order
     check_task(order)
     _words(order, "", Path())  # what makes no sense is said before anything is fetched
+    place = result_place(job)
     job.reporter.started()
     job.stage = "Checkpoint"
     checkpoint = fetch_checkpoint(order, job.folder)
@@ -151,7 +155,7 @@ def _export(job: Job) -> None:
     name = f"{(order.model_name or 'model').replace('/', '_')}-{order.export_format.lower()}.zip"
     about = _archive(job, run, job.folder / name)
     key = f"exports/{order.training_job_id or 'checkpoint'}/{job.address.job_id}/{name}"
-    uri = result_place(job).put(job.folder / name, key)
+    uri = place.put(job.folder / name, key)
     body = {"type": "export", "export_format": order.export_format, "output_s3_uri": uri}
     body |= {"file_size_bytes": (job.folder / name).stat().st_size, "metadata": about, "timestamp": now()}
     job.reporter.completed(body, {}, {"best_checkpoint": uri})

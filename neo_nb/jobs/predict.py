@@ -11,7 +11,6 @@ __all__ = ['fetch_images', 'results_of', 'label_lines', 'main']
 import json
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,11 +18,10 @@ from ..base.core import InputError, atomic_write
 from ..base.image_files import IMAGE_SUFFIXES
 from ..base.run_folders import run_folders
 from .checkpoints import fetch_checkpoint, result_place
-from .dataset import PARALLEL
 from .environment import Order
 from .reporter import now
-from .settings import _device, check_task
-from .storage import Folder, open_place
+from .settings import check_task, one_device, without_effect
+from .storage import Folder, in_parallel, open_place
 from .supervisor import Job, supervise
 
 # %% ../../nbs/72_jobs/19_predict.ipynb #27c8da31
@@ -53,8 +51,7 @@ def fetch_images(
         if folder / name in found:
             raise InputError(f"two keys are one file: {entry.key!r} and {found[folder / name]!r}", order.images)
         found[folder / name] = uri
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        list(pool.map(place.fetch, [e.key for e in entries], found, entries))
+    in_parallel(place.fetch, [(entry.key, path, entry) for entry, path in zip(entries, found)])
     return found
 
 # %% ../../nbs/72_jobs/19_predict.ipynb #ae407cd2
@@ -92,6 +89,9 @@ def label_lines(
     return "".join(f"{line}\n" for line in lines)
 
 # %% ../../nbs/72_jobs/19_predict.ipynb #48c4fa92
+_HEEDED = ("conf", "iou", "imgsz", "device", "max_det", "save_txt", "save_conf", "save_crop")
+
+
 def _words(order: Order, checkpoint: str, folder: Path) -> tuple[list[str], list[str]]:  # Words, notes
     "The command."
     basic, notes = order.basic, []
@@ -99,15 +99,13 @@ def _words(order: Order, checkpoint: str, folder: Path) -> tuple[list[str], list
     if basic.conf is not None:
         words += ["--threshold", str(basic.conf)]
     if basic.device:
-        device, several = _device(basic.device)
-        words += ["--device", device or "cuda"]
-        notes += [f"device {basic.device}: a prediction runs on one GPU"] if several else []
+        device, notes = one_device(basic.device)
+        words += ["--device", device]
     if basic.iou is not None:
         notes.append(f"iou {basic.iou}: boxes of one object are told apart as the model was trained to")
     if basic.imgsz is not None:
         notes.append(f"imgsz {basic.imgsz}: the size is that of the training")
-    unknown = [*order.unknown, *(f"advanced.{key}" for key in order.advanced)]
-    return words, notes + ([f"not known here, and without effect: {', '.join(unknown)}"] if unknown else [])
+    return words, notes + without_effect(order, _HEEDED, (f"advanced.{key}" for key in order.advanced))
 
 
 def _crops(files: Mapping[str, Path], results: list[dict[str, Any]], folder: Path) -> None:
@@ -148,6 +146,7 @@ def _predict(job: Job) -> None:
     "Checkpoint, images, the prediction, what came of it."
     order = job.order
     check_task(order)
+    place, prefix = result_place(job), f"inference-results/{job.address.job_id}"
     job.reporter.started()
     job.stage = "Checkpoint"
     checkpoint = fetch_checkpoint(order, job.folder)
@@ -161,10 +160,8 @@ def _predict(job: Job) -> None:
     job.must(job.work(words))
     folder = job.folder / "results"
     results = _write(job, run_folders(job.folder / "reports")[0], names, folder)
-    place, prefix = result_place(job), f"inference-results/{job.address.job_id}"
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        uris = list(pool.map(lambda path: place.put(path, f"{prefix}/{path.relative_to(folder)}"), files))
+    uris = in_parallel(place.put, [(path, f"{prefix}/{path.relative_to(folder)}") for path in files])
     times = [row["inference_time_ms"] for row in results]
     body = {"type": "inference", "total_images": len(results), "total_inference_time_ms": round(sum(times), 2)}
     body |= {"avg_inference_time_ms": round(sum(times) / max(len(times), 1), 2), "results": results}

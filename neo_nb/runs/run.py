@@ -275,7 +275,9 @@ def _run(notebook: Path, output: Path, parameters: dict, watch: Any) -> None:
             why = error.evalue if lost else "stopped by a signal to another node"
             raise RunStopped(signal.SIGTERM, output.parent, why, lost) from None
         if watch.bad_input:
-            raise InputError(error.evalue) from None
+            found = InputError(error.evalue)
+            found.trace = "\n".join(error.traceback)  # what --debug shows
+            raise found from None
         where = f"{notebook.name}, cell {error.cell_index + 1} (In [{error.exec_count}])"
         message = f"{where}: {error.ename}: {error.evalue}; the partial notebook is {output}"
         raise RunFailed(message, "\n".join(error.traceback)) from None
