@@ -110,6 +110,8 @@ class Found(Strict):
     class_name: str
     confidence: float = Field(ge=0, le=1)
     bbox: list[float] = Field(min_length=4, max_length=4)
+    segmentation: dict | None = None  # of tasks that the protocol says nothing more about: COCO's run lengths
+    keypoints: list[tuple[float, float, float]] | None = None
 
 
 class Inferred(Strict):

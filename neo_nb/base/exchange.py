@@ -85,7 +85,8 @@ def category_ids(
 # %% ../../nbs/00_base/14_exchange.ipynb #5312824c
 def to_dicts(
     detections: Detections,
-) -> list[dict]:  # Of each image: file, size (height, width), detections: box (xyxy), score, label, category_id
+) -> list[dict]:  # Of each image: file, size (height, width), detections: box (xyxy), score, label, category_id, and
+    # segmentation (COCO's run lengths) or keypoints (x, y, score of each) where there are any
     "Each image with its boxes, rounded, for JSON."
     rows = []
     ids = category_ids(detections)
@@ -98,6 +99,11 @@ def to_dicts(
             {"box": box, "score": score, "label": one.class_names[k], "category_id": ids[k]}
             for box, score, k in zip(boxes, scores, one.labels.tolist())
         ]
+        more = {"segmentation": [] if one.masks is None else one.masks.to_coco()}
+        more["keypoints"] = [] if one.keypoints is None else one.keypoints.astype(float).round(3).tolist()
+        for key, values in more.items():
+            for row, value in zip(found, values):
+                row[key] = value
         rows.append(about | {"detections": found})
     return rows
 

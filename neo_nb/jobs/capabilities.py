@@ -20,6 +20,7 @@ TRAINED: dict[str, tuple[str, ...]] = {  # Test file → models that it trains
     "tests/test_families.py": (
         "rtdetr_nano", "detr_nano", "rtmdet_nano", "yolox_nano", "dinov3_detr_nano", "dinov3_rtdetr_nano",
     ),
+    "tests/test_task_families.py": ("rtdetr_nano_seg", "rtdetr_nano_pose", "rtmdet_ins_nano"),
     "tests/test_rtmdet.py": ("rtmdet_nano_relu",),
 }  # fmt: skip
 _THEIRS = {"batch_size": "batch", "lr": "learning_rate", "size": "imgsz", "num_workers": "workers"}
@@ -38,17 +39,22 @@ def _setting(name: str) -> dict[str, Any]:
     return found | {"options": options or None, "description": field.description}
 
 # %% ../../nbs/72_jobs/23_capabilities.ipynb #200b1cc1
+_TASKS = {"detection": "detection", "segmentation": "instance_segmentation", "pose": "pose"}  # Ours → theirs
+
+
 def capabilities(
     rows: Sequence[Mapping[str, Any]],  # Of the catalogue: model, parameters, M, GFLOPs, …
 ) -> dict[str, Any]:
     "`capabilities.json`."
+    from neo_nb.models.zoo import task_of  # late: it imports torch
+
     models, trained = [], {name for names in TRAINED.values() for name in names}
     for row in rows:
         known = {
             "model_name": row["model"].replace("_", "-"),
             "aliases": aliases_of(row["model"])[1:],
             "display_name": row["model"],
-            "task_types": ["detection"],
+            "task_types": [_TASKS[task_of(row["model"])]],
         }
         known["description"] = f"{row['boxes per image']} boxes per image; {row['input']}; weights: {row['weights']}"
         known["parameters"] = {"params_m": row["parameters, M"], "flops_g": row["GFLOPs"]}
@@ -57,9 +63,9 @@ def capabilities(
     return {
         "framework": "neo_nb",
         "models": models,
-        "task_types": ["detection"],
+        "task_types": sorted({task for model in models for task in model["task_types"]}),
         "dataset_formats": ["dice"],
-        "metric_candidates_by_task": {"detection": list(_METRICS)},
+        "metric_candidates_by_task": {task: list(_METRICS) for task in _TASKS.values()},
         "config_schema": {
             _THEIRS.get(name, name): _setting(name) for name in TrainConfig.model_fields if name != "model"
         },

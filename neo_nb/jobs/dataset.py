@@ -102,6 +102,7 @@ def _annotation_name(names: list[str], task: str, where: str) -> str:
     "The file of a task among all annotation files."
     kinds = ("detection", "classification", "segmentation", "pose")
     kind = next((kind for kind in kinds if kind in task), task)  # object_detection, instance_segmentation, …
+    kind = "pose" if "keypoint" in task else kind
     wanted = [f"annotations_{kind}.json", "annotations.json"]
     found = next((name for name in wanted if name in names), None)
     if found is None:

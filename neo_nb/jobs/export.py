@@ -87,7 +87,7 @@ def describe(
     contract, best = record["contract"], (record.get("metrics") or {}).get("threshold", -1)
     nms = "nms_iou" in record["config"]
     about = {"framework": "neo_nb", "model_name": record["model"].replace("_", "-"), "export_format": export_format}
-    about |= {"task_type": "detection", "input_shape": list(image.shape), "input_dtype": "uint8"}
+    about |= {"task_type": record.get("task", "detection"), "input_shape": list(image.shape), "input_dtype": "uint8"}
     about |= {"output_shape": list(boxes.shape), "class_names": record["class_names"]}
     about |= {"num_classes": len(record["class_names"]), "created_at": now(), "export_config": dict(asked)}
     about |= {"confidence_threshold": best if best > 0 else 0.3, "iou_threshold": record["config"].get("nms_iou")}
@@ -121,7 +121,7 @@ def _archive(job: Job, run: Path, path: Path) -> dict[str, Any]:  # metadata.jso
         texts |= {"runtime.py": runtime_source(), "runtime.hpp": cpp_runtime(about)}
     else:
         told = json.loads((run / "export.json").read_text(encoding="utf-8"))
-        about = {"framework": "neo_nb", "export_format": order.export_format, "task_type": "detection"}
+        about = {"framework": "neo_nb", "export_format": order.export_format, "task_type": order.task_type}
         about |= {"created_at": now(), "export_config": asked, "export": told}
     texts["metadata.json"] = json.dumps(about, indent=1, ensure_ascii=False)
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:

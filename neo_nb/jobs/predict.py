@@ -69,6 +69,8 @@ def results_of(
             {"class_id": b["category_id"], "class_name": b["label"], "confidence": b["score"], "bbox": b["box"]}
             for b in boxes
         ]
+        for row, b in zip(predictions, boxes):  # a model that finds more than boxes says so here
+            row |= {key: b[key] for key in ("segmentation", "keypoints") if key in b}
         row = {"image_path": names.get(path, str(path)), "image_name": path.name, "predictions": predictions}
         results.append(row | {"inference_time_ms": image["ms"]})
     return results

@@ -36,24 +36,43 @@ ALIASES = {  # Theirs, with underscores → ours
 }
 
 # %% ../../nbs/72_jobs/16_settings.ipynb #b2c47a61
-TASKS = {"detection": "detection", "object_detection": "detection"}
+TASKS = {  # Theirs → ours
+    "detection": "detection",
+    "object_detection": "detection",
+    "segmentation": "segmentation",
+    "instance_segmentation": "segmentation",
+    "pose": "pose",
+    "pose_estimation": "pose",
+    "keypoint_detection": "pose",
+}
 OTHER_TASKS = (
-    "classification", "image_classification", "segmentation", "instance_segmentation", "semantic_segmentation",
-    "pose", "pose_estimation", "keypoint_detection", "rotated_detection", "super_resolution",
+    "classification", "image_classification", "semantic_segmentation", "rotated_detection", "super_resolution",
 )  # fmt: skip
 
 
 def check_task(
     order: Order,
-) -> str:
-    "The task of a job. Raises `InputError` for those that no model here has."
-    task = order.task_type.lower().replace("-", "_")
-    if task in TASKS:
-        return TASKS[task]
-    known = "no model here does this task yet" if task in OTHER_TASKS else "no such task"
-    raise InputError(known, f"TASK_TYPE {order.task_type}", "this trainer does: detection")
+    model: str | None = None,  # That it shall train; a checkpoint knows its own task
+) -> str:  # A key of `TASKS` of the models
+    "The task of a job. Raises `InputError` for those that no model here has, or that its model has not."
+    named = order.task_type.lower().replace("-", "_")
+    there = ", ".join(TASKS)
+    if named not in TASKS:
+        known = "no model here does this task in a job yet" if named in OTHER_TASKS else "no such task"
+        raise InputError(known, f"TASK_TYPE {order.task_type}", f"this trainer does: {there}")
+    task = TASKS[named]
+    if model is None:
+        return task
+    from neo_nb.models.zoo import list_models, task_of  # late: it imports torch
 
+    if task_of(model) != task:
+        alike = ", ".join(name.replace("_", "-") for name in list_models() if task_of(name) == task)
+        own = [theirs for theirs, ours in TASKS.items() if ours == task_of(model)][-1:]
+        what = f"{order.model_name} is for the task {(own or [task_of(model)])[0]}"
+        raise InputError(what, f"TASK_TYPE {order.task_type}", f"for this task there are {alike}")
+    return task
 
+# %% ../../nbs/72_jobs/16_settings.ipynb #9bb1be77
 def model_of(
     order: Order,
 ) -> str:

@@ -64,7 +64,7 @@ def evaluated(self: Watch, event: Mapping[str, Any]) -> None:
     self.job.epochs, self.job.metrics = row["epoch"], metrics_of(row, self.monitor) or {}
     if row["epoch"] <= self.keeper.reported:
         return
-    about = {"task_type": "detection", "primary": self.monitor, "seconds": took, "steps": event["steps"]}
+    about = {"task_type": self.job.order.task_type, "primary": self.monitor, "seconds": took, "steps": event["steps"]}
     about["checkpoint_path"] = self.keeper.stored.get("last.pt")
     about["best_checkpoint_path"] = self.keeper.stored.get("best.pt")
     total = max(row.get("epochs", self.total), row["epoch"])
@@ -116,8 +116,8 @@ def finish(self: Watch) -> None:
 # %% ../../nbs/72_jobs/18_train.ipynb #025505b7
 def _train(job: Job) -> None:
     "Settings, data, a run that may be there already, the training, the end."
-    check_task(job.order)
     asked = translate(job.order)
+    check_task(job.order, asked.settings["model"])
     place, gpus = result_place(job), visible(asked.gpus, job.environment.get("CUDA_VISIBLE_DEVICES"))
     config = make_config(**asked.settings)
     job.reporter.started(config.epochs)

@@ -82,7 +82,7 @@ def _detect(
     image_seconds: float | None,
 ) -> tuple[Detections, list[float]]:  # And milliseconds of each image, from its file to its boxes
     "Batch by batch: detect, draw, write. Away from a terminal the bar is a line now and then."
-    parts, sources, times = [Detections.empty(len(files), detector.class_names, detector.category_ids)], [], []
+    parts, sources, times = [detector.nothing(len(files))], [], []
     often = {} if sys.stderr.isatty() else {"mininterval": 20, "maxinterval": 20}
     with tqdm(total=len(files), desc="predict", unit="image", delay=1, **often) as bar:
         for start in range(0, len(files), count):
