@@ -13,7 +13,7 @@ from neo_nb.deploy.onnx import VERDICTS, export_onnx, verify_onnx
 from neo_nb.models import create_model, load_weights
 from neo_nb.models.zoo import family_of
 
-NAMES = ("conditional_detr_nano",)
+NAMES = ("conditional_detr_nano", "deformable_detr_nano")
 SIZE = (64, 96)
 families = pytest.mark.parametrize("name", NAMES)
 
@@ -40,7 +40,7 @@ def drawn(count: int = 8) -> tuple[Tensor, tuple[Targets, ...]]:
 def learned(request):
     """A model after a few dozen updates on the drawn images, and its loss before and after."""
     torch.manual_seed(0)
-    model = create_model(request.param, class_names=("red", "blue")).train()
+    model = create_model(request.param, class_names=("red", "blue"), decoder_layers=2).train()
     model.size = SIZE
     images, targets = drawn()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
