@@ -22,12 +22,23 @@ from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config
 from neo_nb.train.trainer import Trainer, train
 
-SMALLEST = ("rtdetr_nano", "detr_nano", "conditional_detr_nano", "deformable_detr_nano", "rtmdet_nano", "yolox_nano")
+SMALLEST = (
+    "rtdetr_nano",
+    "detr_nano",
+    "conditional_detr_nano",
+    "deformable_detr_nano",
+    "dfine_nano",
+    "rfdetr_tiny",
+    "rtmdet_nano",
+    "yolox_nano",
+)
 FROZEN = ("dinov3_detr_nano", "dinov3_rtdetr_nano")  # with a backbone that is frozen for good
 AFTER_DETR = (
     "conditional_detr_nano",
     "deformable_detr_nano",
-)  # networks of transformers that differ from DETR inside alone
+    "dfine_nano",
+    "rfdetr_tiny",
+)  # networks of transformers, as DETR is: no other commands
 WALKED = (*(name for name in SMALLEST if name not in AFTER_DETR), *FROZEN)
 families = pytest.mark.parametrize("name", (*SMALLEST, *FROZEN))
 

@@ -13,7 +13,7 @@ from neo_nb.deploy.onnx import VERDICTS, export_onnx, verify_onnx
 from neo_nb.models import create_model, load_weights
 from neo_nb.models.zoo import family_of
 
-NAMES = ("conditional_detr_nano", "deformable_detr_nano")
+NAMES = ("conditional_detr_nano", "deformable_detr_nano", "dfine_nano", "rfdetr_tiny")
 SIZE = (64, 96)
 families = pytest.mark.parametrize("name", NAMES)
 
@@ -66,7 +66,7 @@ def test_an_onnx_file_detects_what_the_model_detects(learned, tmp_path):
     path = export_onnx(model, tmp_path / "x.onnx", batch="dynamic")
     photos = [image.permute(1, 2, 0).numpy() for image in drawn()[0][1:4]]
     photos.append(np.ascontiguousarray(photos[0][:40]))  # of another shape: padded
-    told = verify_onnx(path, model, photos, min_score=0.1, repeats=1)
+    told = verify_onnx(path, model, photos, min_score=0.01, repeats=1)
     assert told["verdict"] == VERDICTS[0] and told["detections"] > 3, told
 
 
@@ -85,7 +85,7 @@ def test_a_folder_that_transformers_saved_opens_and_goes_on(learned, tmp_path):
     assert report.placed > 100 and not report.fresh
 
 
-@families
+@pytest.mark.parametrize("name", [name for name in NAMES if "detr_" in name and not name.startswith("rfdetr")])
 def test_layers_computed_twice_give_the_same_gradients(name):
     images, targets = drawn()
     told = []
@@ -105,7 +105,7 @@ def test_a_crowd_in_half_precision_has_finite_gradients(name):
     boxes = torch.cat([torch.rand(391, 2) * 0.9, 0.02 + torch.rand(391, 2) * 0.08], 1)
     targets = (Targets(boxes, torch.arange(391) % 2, torch.zeros(0, 4)), Targets.empty())
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = model(torch.rand(2, 3, 128, 192), None, targets)
+        outputs = model(torch.rand(2, 3, 192, 192), None, targets)
     sum(model.loss(outputs, targets).values()).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     assert model.capacity == 391

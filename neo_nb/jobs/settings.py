@@ -24,7 +24,8 @@ MODELS = (
     "rtdetrv2_hgnetv2_l rtdetrv2_hgnetv2_x rtdetrv2_timm detr_nano detr_r50 detr_r50_dc5 detr_r101 "
     "dinov3_rtdetr_nano dinov3_rtdetr_s dinov3_rtdetr_b dinov3_rtdetr dinov3_detr_nano dinov3_detr_s dinov3_detr_b "
     "dinov3_detr conditional_detr_nano conditional_detr_r50 deformable_detr_nano deformable_detr_r50 "
-    "deformable_detr_r50_refine yolox_nano yolox_tiny yolox_s yolox_m yolox_l yolox_x"
+    "deformable_detr_r50_refine dfine_nano dfine_n dfine_s dfine_m dfine_l dfine_x rfdetr_tiny "
+    "rfdetr_nano rfdetr_small rfdetr_medium rfdetr_large rfdetr_base yolox_nano yolox_tiny yolox_s yolox_m yolox_l yolox_x"
 ).split()  # written out, so that a job is refused before torch is imported
 TASKS = {"detection": "detection", "object_detection": "detection"}
 OTHER_TASKS = (

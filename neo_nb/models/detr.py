@@ -346,13 +346,14 @@ OLD_NAMES: tuple[tuple[str, str], ...] = (
 def rename_tensors(
     tensors: dict[str, Tensor],  # Of a folder that transformers saved
     names: tuple[tuple[str, str], ...] = OLD_NAMES,  # Pattern → what it is called now
-) -> dict[str, Tensor]:  # In our names, without counters of batches, which a frozen norm has not
+    counters: bool = False,  # Keep those of batches, which a frozen norm has not
+) -> dict[str, Tensor]:  # In our names
     "Names of older files brought up to date, under `network`."
     new = {}
     for name, x in tensors.items():
         for pattern, to in names:
             name = re.sub(pattern, to, name)
-        if not name.endswith("num_batches_tracked"):
+        if counters or not name.endswith("num_batches_tracked"):
             new[f"network.{name}"] = x
     return new
 

@@ -21,7 +21,7 @@ from .contract import DetectionModel
 from .external import Family
 from .rtdetr import convert as rtdetr
 from .rtmdet import convert as rtmdet
-from .transformers import conditional, deformable
+from .transformers import conditional, deformable, dfine_convert, rfdetr_convert
 from .yolox import convert as yolox
 
 # %% ../../nbs/40_models/20_zoo.ipynb #a6b54ee0
@@ -30,6 +30,8 @@ FAMILIES: tuple[Family, ...] = (
     detr.FAMILY,
     conditional.FAMILY,
     deformable.FAMILY,
+    dfine_convert.FAMILY,
+    rfdetr_convert.FAMILY,
     rtmdet.FAMILY,
     yolox.FAMILY,
 )
@@ -50,7 +52,7 @@ def family_of(
     check_choice(name, VARIANTS, "model")
     return next(family for family in FAMILIES if name in family.variants)
 
-
+# %% ../../nbs/40_models/20_zoo.ipynb #63c993ad
 def check_model(
     name: str,  # A model
     loss: str | None = None,  # Of the scores
