@@ -54,7 +54,7 @@ class DFINEConfig:
     scale: float = 4.0  # The higher, the finer the bins near the box
     num_denoising: int = 100  # Denoising positives per image at most; 0 turns it off
 
-
+# %% ../../../nbs/40_models/17_transformers/04_dfine.ipynb #d728521e
 def reference_config(config: DFINEConfig, num_classes: int) -> Any:  # transformers' DFineConfig
     "The configuration as transformers wants it."
     from transformers import DFineConfig, HGNetV2Config
@@ -89,7 +89,7 @@ class DFINEOutputs(Outputs):
     proposals: tuple[Tensor, Tensor]  # Logits and boxes of the selected tokens
     denoising: Denoising | None = None  # What was asked
 
-
+# %% ../../../nbs/40_models/17_transformers/04_dfine.ipynb #e3e39118
 class DFINE(DetectionModel):
     "A real-time detection transformer of distributions."
 

@@ -106,7 +106,12 @@ def check_config(
         raise InputError(what, "strides", "(8, 16, 32) or (16, 32), and a number of points for each")
 
 
-_MEMORY = {"dfine_nano": (1, 524, 292), "dfine_n": (4, 766, 452), "dfine_s": (10, 1504, 892)}
+_MEMORY = {
+    "dfine_nano": (1, 524, 292),
+    "dfine_n": (4, 766, 452),
+    "dfine_s": (10, 1504, 892),
+    "dfine_m": (20, 2377, 1397),
+}
 FAMILY = Family(
     "dfine", DFINE, DFINEConfig, VARIANTS, convert, check_config, "Apache-2.0", "arXiv 2410.13842", _MEMORY, _PUBLISHED
 )

@@ -61,4 +61,4 @@ class RectangleEmbeddings(nn.Module):
         tokens = tokens.unflatten(-1, (w, -1)).unflatten(-3, (w, -1))  # b d w y w x
         tokens = tokens.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)
         first = (self.cls_token + self.position_embeddings[:, :1]).to(tokens.dtype)
-        return torch.cat([first.expand(len(tokens), -1, -1), tokens], 1)
+        return torch.cat([first.expand(tokens.shape[0], -1, -1), tokens], 1)

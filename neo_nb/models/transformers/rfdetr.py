@@ -146,7 +146,7 @@ def forward(
     groups = c.groups if self.training else 1
     return RFDETROutputs(*last, padded, logits, boxes, share, proposals, groups, features=features)
 
-
+# %% ../../../nbs/40_models/17_transformers/07_rfdetr.ipynb #99a6c62c
 @patch
 def detect(
     self: RFDETR,
