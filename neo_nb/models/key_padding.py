@@ -23,14 +23,13 @@ FAR = -3e4  # Within fp16
 def masked_attention(
     query: Float[Tensor, "b h q d"],
     key: Float[Tensor, "b h k d"],
-    value: Float[Tensor, "b h k d"],
+    value: Float[Tensor, "b h k v"],
     valid: Bool[Tensor, "b k"] | None,  # False for padding; each row has a True
     dropout: float = 0.0,
     scale: float | None = None,  # 1 / √d when None
-) -> Float[Tensor, "b h q d"]:
+) -> Float[Tensor, "b h q v"]:
     "Attention to the keys that are valid."
-    width = query.shape[-1]
-    scale = width**-0.5 if scale is None else scale
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if valid is None:
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
     one = torch.zeros(EXTRA, dtype=query.dtype, device=query.device)
@@ -39,7 +38,7 @@ def masked_attention(
     query = torch.cat([query, one.expand(*query.shape[:-1], EXTRA)], -1)
     key = torch.cat([key, far.expand(*key.shape[:-1], EXTRA)], -1)
     out = F.scaled_dot_product_attention(query, key, F.pad(value, (0, EXTRA)), dropout_p=dropout, scale=scale)
-    return out[..., :width]
+    return out[..., : value.shape[-1]]
 
 # %% ../../nbs/40_models/14_key_padding.ipynb #b69825be
 NAME = "key_padding"

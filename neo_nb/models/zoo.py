@@ -24,6 +24,7 @@ from .rtdetr import convert as rtdetr
 from .rtdetr import pose, segment
 from .rtmdet import convert as rtmdet
 from .rtmdet import segment as rtmdet_ins
+from .transformers import conditional, deformable, dfine_convert, rfdetr_convert
 from .yolox import convert as yolox
 
 # %% ../../nbs/40_models/20_zoo.ipynb #a6b54ee0
@@ -32,6 +33,10 @@ FAMILIES: tuple[Family, ...] = (
     segment.FAMILY,
     pose.FAMILY,
     detr.FAMILY,
+    conditional.FAMILY,
+    deformable.FAMILY,
+    dfine_convert.FAMILY,
+    rfdetr_convert.FAMILY,
     rtmdet_ins.FAMILY,
     rtmdet.FAMILY,
     yolox.FAMILY,
@@ -60,7 +65,7 @@ def task_of(
     "What a model finds."
     return family_of(name).model.task if name else "detection"
 
-
+# %% ../../nbs/40_models/20_zoo.ipynb #63c993ad
 def check_model(
     name: str,  # A model
     loss: str | None = None,  # Of the scores

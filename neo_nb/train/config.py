@@ -232,6 +232,8 @@ _DENSE_SMALL |= {"no_aug_epochs": 3, "max_grad_norm": 10.0, "final_lr_fraction":
 DEFAULT: dict[str, dict[str, Any]] = {
     "*": {"schedule": "multistep", "warmup": 5 / 72, "no_aug_epochs": 1},
     "*_nano": _NANO | _MILD,
+    "rfdetr_nano": {},  # a pretrained DINOv2: as the larger ones
+    "rfdetr_tiny": _NANO | _MILD,
     "rtdetr_lite0": _NANO | _MILD | {"backbone_lr": 2e-4},
     "rtmdet_*": _DENSE,
     "rtmdet_nano*": _DENSE_SMALL,

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..base.core import InputError
+from ..models.catalog import copy_shape
 
 # %% ../../nbs/60_train/13_rehearsal.ipynb #30de9657
 @dataclass(frozen=True)
@@ -249,15 +250,6 @@ def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool 
         self._buffers.update({name: function(x) for name, x in self._buffers.items() if x is not None})
     return self
 
-
-def _copied(self: Tensor, memo: dict[int, Any]) -> Tensor:
-    "For `copy.deepcopy`: torch would copy the memory that is not there."
-    if id(self) not in memo:
-        with torch.no_grad():
-            x = self.clone()
-        memo[id(self)] = nn.Parameter(x, self.requires_grad) if isinstance(self, nn.Parameter) else x
-    return memo[id(self)]
-
 # %% ../../nbs/60_train/13_rehearsal.ipynb #a0a9ecae
 def _nothing(*_: object, **__: object) -> None: ...
 
@@ -286,7 +278,7 @@ def rehearsal() -> Iterator[list[Passage]]:
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda x, *_: x))
         stack.enter_context(mock.patch.multiple(torch.cuda.Event, record=_nothing, synchronize=_nothing))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", listed))
-        stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copied, create=True))
+        stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", copy_shape, create=True))
         for mode in (_Fakes(allow_non_fake_inputs=True), _Watch(contents), _Reads(contents)):
             stack.enter_context(mode)
         yield contents.seen
