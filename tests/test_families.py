@@ -23,8 +23,9 @@ from neo_nb.train.config import make_config
 from neo_nb.train.trainer import Trainer, train
 
 SMALLEST = ("rtdetr_nano", "detr_nano", "rtmdet_nano", "yolox_nano")
+OF_TORCHVISION = ("retinanet_nano", "fcos_nano")
 WALKED = (*SMALLEST, "dinov3_detr_nano", "dinov3_rtdetr_nano")  # the last two with a backbone that is frozen for good
-families = pytest.mark.parametrize("name", WALKED)
+families = pytest.mark.parametrize("name", (*WALKED, *OF_TORCHVISION))
 
 
 def neo(*words: object, cwd: Path):
@@ -35,7 +36,7 @@ def neo(*words: object, cwd: Path):
 
 def dense(name: str) -> bool:
     """Whether a model predicts at every cell."""
-    return name.startswith(("rtmdet", "yolox"))
+    return name.startswith(("rtmdet", "yolox", *OF_TORCHVISION))
 
 
 def few(name: str) -> list[object]:
@@ -60,8 +61,9 @@ def trained(request, tmp_path_factory) -> tuple[str, Path, Path]:
 
 
 def test_there_is_a_smallest_model_of_every_family():
-    assert [family.name for family in FAMILIES] == [name.partition("_")[0] for name in SMALLEST]
-    assert all(isinstance(create_model(name, 2), DetectionModel) for name in SMALLEST)
+    every = (*SMALLEST, *OF_TORCHVISION)
+    assert [family.name for family in FAMILIES] == [name.rpartition("_")[0] for name in every]
+    assert all(isinstance(create_model(name, 2), DetectionModel) for name in every)
     assert list_models("detr_*") == ["detr_nano", "detr_r50", "detr_r50_dc5", "detr_r101"]
 
 

@@ -21,10 +21,11 @@ from .contract import DetectionModel
 from .external import Family
 from .rtdetr import convert as rtdetr
 from .rtmdet import convert as rtmdet
+from .torchvision import convert as torchvision
 from .yolox import convert as yolox
 
 # %% ../../nbs/40_models/20_zoo.ipynb #a6b54ee0
-FAMILIES: tuple[Family, ...] = (rtdetr.FAMILY, detr.FAMILY, rtmdet.FAMILY, yolox.FAMILY)
+FAMILIES: tuple[Family, ...] = (rtdetr.FAMILY, detr.FAMILY, rtmdet.FAMILY, yolox.FAMILY, *torchvision.FAMILIES)
 VARIANTS: dict[str, Any] = {name: config for family in FAMILIES for name, config in family.variants.items()}
 
 
