@@ -6,10 +6,11 @@
 
 # %% auto #0
 __all__ = ['MOST', 'BACKGROUND', 'BETWEEN', 'make_anchors', 'decode_boxes', 'encode_boxes', 'match_objects', 'counting',
-           'objects_of', 'AnchorOutputs', 'contents', 'mean_over_images']
+           'objects_of', 'AnchorOutputs', 'contents', 'assign_anchors', 'mean_over_images']
 
-# %% ../../../nbs/40_models/16_torchvision/01_anchors.ipynb #b4f2d3f6
+# %% ../../../nbs/40_models/16_torchvision/01_anchors.ipynb #8e16bb9c
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from ...losses.dense_loss import as_pixels, in_ignore_regions
 from ..contract import Outputs
 from ..layers import cache_by_size
 
-# %% ../../../nbs/40_models/16_torchvision/01_anchors.ipynb #05436763
+# %% ../../../nbs/40_models/16_torchvision/01_anchors.ipynb #24417290
 @cache_by_size
 def make_anchors(
     frame: tuple[int, int],  # (height, width) of the padded input, pixels
@@ -48,7 +49,7 @@ def _column(values: list[int], device: torch.device | str | None) -> Tensor:
     "Numbers that are written on the device, not sent there."
     return torch.stack([torch.full((), value, device=device) for value in values])
 
-# %% ../../../nbs/40_models/16_torchvision/01_anchors.ipynb #6d4e7fb4
+# %% ../../../nbs/40_models/16_torchvision/01_anchors.ipynb #69375bc3
 MOST = math.log(1000 / 16)  # Of the logarithm of how much larger a box is than its anchor
 
 
@@ -76,7 +77,7 @@ def encode_boxes(
     middle = (boxes[..., :2] + 0.5 * own) - (anchors[..., :2] + 0.5 * side)
     return torch.cat([weights[0] * middle / side, weights[1] * (own / side).log()], -1)
 
-# %% ../../../nbs/40_models/16_torchvision/01_anchors.ipynb #c71e12c6
+# %% ../../../nbs/40_models/16_torchvision/01_anchors.ipynb #0677fffc
 BACKGROUND, BETWEEN = -1, -2
 
 
@@ -99,7 +100,7 @@ def match_objects(
         found = torch.where(((overlap == whole) & (whole > 0)).any(0), best, found)
     return found
 
-# %% ../../../nbs/40_models/16_torchvision/01_anchors.ipynb #563b10ce
+# %% ../../../nbs/40_models/16_torchvision/01_anchors.ipynb #82726447
 @torch.no_grad()
 def counting(
     anchors: Float[Tensor, "b p 4"],  # xyxy in pixels of the frame
@@ -122,7 +123,7 @@ def objects_of(
     "The objects of an image in pixels."
     return as_pixels(cxcywh_to_xyxy(target.boxes.float()), frame)
 
-# %% ../../../nbs/40_models/16_torchvision/01_anchors.ipynb #40d49359
+# %% ../../../nbs/40_models/16_torchvision/01_anchors.ipynb #99493500
 @dataclass(frozen=True)
 class AnchorOutputs(Outputs):
     "`Outputs` with a row for each anchor."
@@ -140,6 +141,25 @@ def contents(
     if sizes is not None:
         return sizes
     return torch.stack([torch.full((len(images),), side, device=images.device) for side in images.shape[-2:]], 1)
+
+
+def assign_anchors(
+    anchors: Float[Tensor, "b q 4"],  # xyxy in pixels of the frame
+    targets: tuple[Targets, ...],  # One per image
+    frame: tuple[int, int],  # (height, width) of the padded input, pixels
+    match: Callable[[Tensor, Tensor], Tensor],  # Called with anchors and objects of an image
+) -> tuple[
+    Int64[Tensor, "b q"], Int64[Tensor, "b q"], Float[Tensor, "b q 4"]
+]:  # What `match` says; class and box of each, of any object or itself where it has none
+    "What the anchors of each image are to learn."
+    found, labels, wanted = [], [], []
+    for own, target in zip(anchors, targets):
+        objects = objects_of(target, frame)
+        found.append(match(own, objects))
+        place = found[-1].clamp(min=0)
+        labels.append(target.labels[place] if len(target) else place)
+        wanted.append(objects[place] if len(target) else own)
+    return torch.stack(found), torch.stack(labels), torch.stack(wanted)
 
 
 def mean_over_images(

@@ -7,14 +7,14 @@
 # %% auto #0
 __all__ = ['best_of_boxes']
 
-# %% ../../../nbs/40_models/16_torchvision/02_best.ipynb #bb64b73c
+# %% ../../../nbs/40_models/16_torchvision/02_best.ipynb #251bc292
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ..nms import keep_best, top_scores
 
-# %% ../../../nbs/40_models/16_torchvision/02_best.ipynb #f4a9e252
+# %% ../../../nbs/40_models/16_torchvision/02_best.ipynb #e06a9afe
 def best_of_boxes(
     scores: Float[Tensor, "b q c"],  # 0..1
     boxes: Float[Tensor, "b p 4"],  # xyxy in pixels of the frame; q of them, or one for each class: q * c

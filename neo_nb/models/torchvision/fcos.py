@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['STRIDES', 'NEAR', 'FAR', 'FCOSConfig', 'FCOSOutputs', 'FCOS', 'match_cells', 'centreness']
 
-# %% ../../../nbs/40_models/16_torchvision/04_fcos.ipynb #2df0f7db
+# %% ../../../nbs/40_models/16_torchvision/04_fcos.ipynb #3e40913a
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor
 from ...base.boxes import paired_giou, xyxy_to_cxcywh
 from ...data.batch import Targets
 from ...losses.dense_loss import as_fractions
-from .anchors import AnchorOutputs, contents, counting, make_anchors, objects_of
+from .anchors import AnchorOutputs, assign_anchors, contents, counting, make_anchors
 from .best import best_of_boxes
 from .pyramid import PyramidConfig, PyramidDetector
 
-# %% ../../../nbs/40_models/16_torchvision/04_fcos.ipynb #9a89caa0
+# %% ../../../nbs/40_models/16_torchvision/04_fcos.ipynb #ba1fa1b1
 @dataclass(frozen=True)
 class FCOSConfig(PyramidConfig):
     "All that defines the network besides its classes."
@@ -64,7 +64,7 @@ class FCOS(PyramidDetector):
         known = "head.regression_head.bbox_ctrness.bias" in tensors
         return len(tensors["head.classification_head.cls_logits.bias"]) if known else -1
 
-# %% ../../../nbs/40_models/16_torchvision/04_fcos.ipynb #213e324d
+# %% ../../../nbs/40_models/16_torchvision/04_fcos.ipynb #ea47d121
 @patch
 def forward(
     self: FCOS,
@@ -85,7 +85,7 @@ def forward(
     fractions = as_fractions(xyxy_to_cxcywh(boxes), padded)
     return FCOSOutputs(logits, fractions, padded, boxes, cells, contents(images, sizes), **rest)
 
-# %% ../../../nbs/40_models/16_torchvision/04_fcos.ipynb #e3f6f5b1
+# %% ../../../nbs/40_models/16_torchvision/04_fcos.ipynb #07a7af2b
 NEAR = 1.5  # Strides from an object's centre
 FAR = 4, 8  # Strides to its farthest side
 
@@ -109,7 +109,7 @@ def match_cells(
     area, found = (side[:, 0] * side[:, 1]).expand(len(cells), -1).masked_fill(~fits, torch.inf).min(1)
     return torch.where(area < torch.inf, found, -1)
 
-# %% ../../../nbs/40_models/16_torchvision/04_fcos.ipynb #44f5c0d8
+# %% ../../../nbs/40_models/16_torchvision/04_fcos.ipynb #b11a9310
 def centreness(
     cells: Float[Tensor, "*#q 4"],  # xyxy
     boxes: Float[Tensor, "*#q 4"],  # xyxy, of the object of each
@@ -120,7 +120,7 @@ def centreness(
     even = torch.minimum(low, high) / torch.maximum(low, high)
     return (even[..., 0] * even[..., 1]).sqrt()
 
-
+# %% ../../../nbs/40_models/16_torchvision/04_fcos.ipynb #c8987518
 @patch
 def loss_sums(
     self: FCOS,
@@ -133,15 +133,8 @@ def loss_sums(
 
     logits, boxes, frame = outputs.logits.float(), outputs.boxes_xyxy, outputs.padded
     cells = outputs.anchors.expand(len(targets), -1, -1)
-    found, labels, wanted = [], [], []
-    for row, target in enumerate(targets):
-        objects = objects_of(target, frame)
-        found.append(match_cells(outputs.anchors, objects))
-        place = found[-1].clamp(min=0)
-        labels.append(target.labels[place] if len(target) else place)
-        wanted.append(objects[place] if len(target) else boxes[row].detach())
-    label, right = torch.stack(labels), torch.stack(wanted)
-    known = torch.stack(found) >= 0
+    found, label, right = assign_anchors(cells, targets, frame, match_cells)
+    known = found >= 0
     taught = known | counting(cells, outputs.sizes, targets, frame)
     classes = torch.zeros_like(logits).scatter(-1, label[..., None], known[..., None].float())
     middle = F.binary_cross_entropy_with_logits(outputs.centreness.float(), centreness(cells, right), reduction="none")
@@ -161,7 +154,7 @@ def loss(
     terms, cells = self.loss_sums(outputs, targets)
     return {name: value / cells.clamp(min=1) for name, value in terms.items()}
 
-# %% ../../../nbs/40_models/16_torchvision/04_fcos.ipynb #e2937c0a
+# %% ../../../nbs/40_models/16_torchvision/04_fcos.ipynb #6319dfa4
 @patch
 def detect(
     self: FCOS,

@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['IMAGENET', 'PyramidConfig', 'make_body', 'make_neck', 'check_config', 'PyramidDetector']
 
-# %% ../../../nbs/40_models/16_torchvision/00_pyramid.ipynb #553b3e3d
+# %% ../../../nbs/40_models/16_torchvision/00_pyramid.ipynb #9f26902b
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from ...data.batch import check_contents
 from ..backbones import check_weights, freeze_norms, make_backbone
 from ..contract import DetectionModel, Preprocessing
 
-# %% ../../../nbs/40_models/16_torchvision/00_pyramid.ipynb #6390807b
+# %% ../../../nbs/40_models/16_torchvision/00_pyramid.ipynb #649ebdae
 @dataclass(frozen=True)
 class PyramidConfig:
     "All that defines backbone and pyramid."
@@ -57,7 +57,7 @@ def make_body(
         freeze_norms(body)
     return body, channels
 
-
+# %% ../../../nbs/40_models/16_torchvision/00_pyramid.ipynb #39a8bb70
 def _torchvision_body(name: str, strides: tuple[int, ...]) -> tuple[nn.Module, list[int]]:
     from torchvision import models  # imported late: it takes longer than torch itself
     from torchvision.models._utils import IntermediateLayerGetter
@@ -71,7 +71,7 @@ def _torchvision_body(name: str, strides: tuple[int, ...]) -> tuple[nn.Module, l
     last = [strided[-1], len(blocks) - 1]  # both of stride 32, as its published detectors have them
     return IntermediateLayerGetter(blocks, {str(i): str(i) for i in last}), [blocks[i].out_channels for i in last]
 
-# %% ../../../nbs/40_models/16_torchvision/00_pyramid.ipynb #3583bd9b
+# %% ../../../nbs/40_models/16_torchvision/00_pyramid.ipynb #852cf9e4
 def make_neck(
     config: PyramidConfig,
     channels: list[int],  # Of the backbone's maps, fine to coarse
@@ -100,7 +100,7 @@ def check_config(
         remedy = "start from a whole detector with --weights, or take a backbone timm/NAME"
         raise InputError(f"pretrained is for timm's backbones, not for {config.backbone}", "--pretrained", remedy)
 
-# %% ../../../nbs/40_models/16_torchvision/00_pyramid.ipynb #e266323c
+# %% ../../../nbs/40_models/16_torchvision/00_pyramid.ipynb #c2b9f41a
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 

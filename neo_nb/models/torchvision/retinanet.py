@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'RATIOS', 'ENOUGH', 'BELOW', 'RetinaNetConfig', 'ClassConv', 'RetinaNetHead', 'RetinaNet']
 
-# %% ../../../nbs/40_models/16_torchvision/03_retinanet.ipynb #6c713ec4
+# %% ../../../nbs/40_models/16_torchvision/03_retinanet.ipynb #02dde0b4
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -24,18 +24,18 @@ from ...losses.dense_loss import as_fractions
 from neo_nb.models.torchvision.anchors import (
     BACKGROUND,
     AnchorOutputs,
+    assign_anchors,
     contents,
     counting,
     decode_boxes,
     make_anchors,
     match_objects,
     mean_over_images,
-    objects_of,
-)
+)  # fmt: skip
 from .best import best_of_boxes
 from .pyramid import PyramidConfig, PyramidDetector
 
-# %% ../../../nbs/40_models/16_torchvision/03_retinanet.ipynb #0d214491
+# %% ../../../nbs/40_models/16_torchvision/03_retinanet.ipynb #88985faf
 @dataclass(frozen=True)
 class RetinaNetConfig(PyramidConfig):
     "All that defines the network besides its classes."
@@ -51,7 +51,7 @@ class RetinaNetConfig(PyramidConfig):
 SIZES = tuple((side, int(side * 2 ** (1 / 3)), int(side * 2 ** (2 / 3))) for side in (32, 64, 128, 256, 512))
 RATIOS = (0.5, 1.0, 2.0)
 
-# %% ../../../nbs/40_models/16_torchvision/03_retinanet.ipynb #1e5cd6c9
+# %% ../../../nbs/40_models/16_torchvision/03_retinanet.ipynb #07b512f8
 class ClassConv(nn.Module):
     "A 3x3 convolution that scores each class of each anchor of a cell."
 
@@ -86,7 +86,7 @@ class RetinaNetHead(nn.Module):
     ) -> tuple[Float[Tensor, "b q c"], Float[Tensor, "b q 4"]]:  # Logits; what boxes are made of
         return torch.cat([self.score(self.tower(x)) for x in maps], 1), self.box(maps)
 
-# %% ../../../nbs/40_models/16_torchvision/03_retinanet.ipynb #35138ef6
+# %% ../../../nbs/40_models/16_torchvision/03_retinanet.ipynb #9e692d11
 class RetinaNet(PyramidDetector):
     "A dense one-stage detector with anchors."
 
@@ -122,7 +122,7 @@ def forward(
     fractions = as_fractions(xyxy_to_cxcywh(boxes), padded)
     return AnchorOutputs(logits, fractions, padded, boxes, anchors, contents(images, sizes), features=seen)
 
-# %% ../../../nbs/40_models/16_torchvision/03_retinanet.ipynb #fa821584
+# %% ../../../nbs/40_models/16_torchvision/03_retinanet.ipynb #64968f76
 ENOUGH, BELOW = 0.5, 0.4  # IoU from which an anchor is an object's, and below which it is background
 
 
@@ -142,24 +142,20 @@ def loss(
     "Weighted terms by name."
     from torchvision.ops import sigmoid_focal_loss
 
-    logits, boxes, frame = outputs.logits.float(), outputs.boxes_xyxy, outputs.padded
-    taught = counting(outputs.anchors.expand(len(targets), -1, -1), outputs.sizes, targets, frame)
-    found, labels, wanted = [], [], []
-    for row, target in enumerate(targets):
-        objects = objects_of(target, frame)
-        found.append(match_objects(outputs.anchors, objects, ENOUGH, BELOW))
-        place = found[-1].clamp(min=0)
-        labels.append(target.labels[place] if len(target) else place)
-        wanted.append(objects[place] if len(target) else boxes[row].detach())
-    match, label = torch.stack(found), torch.stack(labels)
+    logits = outputs.logits.float()
+    anchors = outputs.anchors.expand(len(targets), -1, -1)
+    taught = counting(anchors, outputs.sizes, targets, outputs.padded)
+    match, label, wanted = assign_anchors(
+        anchors, targets, outputs.padded, lambda own, objects: match_objects(own, objects, ENOUGH, BELOW)
+    )
     known = match >= 0
     right = torch.zeros_like(logits).scatter(-1, label[..., None], known[..., None].float())
     score = sigmoid_focal_loss(logits, right).sum(-1) * (known | (taught & (match == BACKGROUND)))
-    box = (1 - paired_giou(boxes, torch.stack(wanted))) * known
+    box = (1 - paired_giou(outputs.boxes_xyxy, wanted)) * known
     count = len(targets) if num_images is None else num_images
     return {name: mean_over_images(part, known) / count for name, part in zip(self.main_terms, (score, box))}
 
-# %% ../../../nbs/40_models/16_torchvision/03_retinanet.ipynb #9031ec8c
+# %% ../../../nbs/40_models/16_torchvision/03_retinanet.ipynb #3c059454
 @patch
 def detect(
     self: RetinaNet,
