@@ -62,7 +62,8 @@ def trained(request, tmp_path_factory) -> tuple[str, Path, Path]:
 
 def test_there_is_a_smallest_model_of_every_family():
     every = (*SMALLEST, *OF_TORCHVISION)
-    assert [family.name for family in FAMILIES] == [name.rpartition("_")[0] for name in every]
+    found = [family.name for family in FAMILIES if family.model.task == "detection"]
+    assert found == [name.rpartition("_")[0] for name in every]
     assert all(isinstance(create_model(name, 2), DetectionModel) for name in every)
     assert list_models("detr_*") == ["detr_nano", "detr_r50", "detr_r50_dc5", "detr_r101"]
 

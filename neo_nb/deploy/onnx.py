@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor, nn
 
 from ..base.boxes import box_iou
@@ -28,7 +28,7 @@ from ..base.detections import Detections
 from ..base.geometry import check_size, pad_to
 from ..data.batch import Batch
 from ..data.resize import prepare
-from .detector import INPUTS, OUTPUTS, Detector, TorchDetector, load_detector
+from .detector import INPUTS, Detector, TorchDetector, load_detector, outputs_of
 from ..models.qdq import QdqNetwork
 from ..models.weights import model_record
 
@@ -45,7 +45,7 @@ class Exported(nn.Module):
         images: UInt8[Tensor, "b 3 h w"],
         sizes: Int64[Tensor, "b 2"],
         original_sizes: Int64[Tensor, "b 2"],
-    ) -> tuple[Float[Tensor, "b k 4"], Float[Tensor, "b k"], Int64[Tensor, "b k"]]:
+    ) -> tuple[Tensor, ...]:  # As `outputs_of` names them
         return self.model.detect(self.model(images, sizes), sizes, original_sizes, self.max_dets)
 
 
@@ -116,7 +116,7 @@ def _to_onnx(model: nn.Module, size: tuple[int, int], batch: int | str, max_dets
             Exported(network, max_dets).eval(),
             sample,
             input_names=INPUTS,
-            output_names=OUTPUTS,
+            output_names=outputs_of(model_record(model)),
             opset_version=max(opset, 18),
             dynamic_shapes={name: any_batch for name in INPUTS} if dynamic else None,
             dynamo=True,

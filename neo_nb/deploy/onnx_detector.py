@@ -29,7 +29,7 @@ from ..data.batch import Batch
 from ..data.image_inputs import TableImages
 from ..data.loader import ImageReader
 from ..data.resize import stack
-from .detector import INPUTS, OUTPUTS, Detector, in_steps
+from .detector import INPUTS, Detector, in_steps, outputs_of
 from ..models.weights import read_preprocessing
 
 # %% ../../nbs/65_deploy/01_onnx_detector.ipynb #0410dc93
@@ -58,10 +58,12 @@ class OnnxDetector(Detector):
             what = f"the record says size {self.size}, the network takes {shape[1:]}"
             raise InputError(what, path, "export it again")
 
-    def infer(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def infer(self, batch: Batch) -> tuple[np.ndarray, ...]:
         if self.whole:
             return _infer_whole(self, batch)
-        return in_steps(batch, self.batch or len(batch), self._filled, lambda feed: self.session.run(OUTPUTS, feed))
+        return in_steps(
+            batch, self.batch or len(batch), self._filled, lambda feed: self.session.run(self.outputs, feed)
+        )
 
     def _filled(self, count: int) -> int:
         return self.batch or count
@@ -89,7 +91,7 @@ def predict(
 ) -> Detections:
     if not self.whole:
         return Detector.predict(self, annotations, batch_size, progress, num_workers)
-    parts = [Detections.empty(len(annotations), self.class_names, self.category_ids)]
+    parts = [self.nothing(len(annotations))]
     read = ImageReader(annotations)
     for row in tqdm(range(len(annotations)), desc="predict", unit="image", disable=not progress, leave=False):
         found = self.detect_images([read(row).image])
@@ -97,7 +99,7 @@ def predict(
     return replace(concat(parts), images=TableImages(annotations))
 
 
-def _infer_whole(detector: OnnxDetector, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _infer_whole(detector: OnnxDetector, batch: Batch) -> tuple[np.ndarray, ...]:
     "Images of one size at a time, in the order of the batch."
     parts, rows = [], []
     for height, width in dict.fromkeys(map(tuple, batch.sizes.tolist())):
@@ -106,7 +108,7 @@ def _infer_whole(detector: OnnxDetector, batch: Batch) -> tuple[np.ndarray, np.n
 
         def run(feed: dict) -> Sequence[np.ndarray]:
             image = np.ascontiguousarray(feed["images"].transpose(0, 2, 3, 1))
-            return detector.session.run(OUTPUTS, {IMAGE: image})
+            return detector.session.run(detector.outputs, {IMAGE: image})
 
         parts.append(in_steps(some, detector.batch or len(same), detector._filled, run))
         rows.append(same.numpy())
@@ -158,7 +160,7 @@ def _onnx_record(session, path: str | Path) -> dict:
         record = None
     names = tuple(i.name for i in session.get_inputs()), tuple(o.name for o in session.get_outputs())
     inputs = (IMAGE,) if isinstance(record, dict) and record.get("input") == IMAGE else INPUTS
-    if not isinstance(record, dict) or names != (inputs, OUTPUTS):
+    if not isinstance(record, dict) or names != (inputs, outputs_of(record)):
         what = f"an ONNX file, but without our record (inputs {', '.join(names[0])}; outputs {', '.join(names[1])})"
         raise InputError(what, path, "export it with export_onnx, which stores classes and input size")
     read_preprocessing(record, path)  # mean and std are in the graph; what it asks of the caller must be known here

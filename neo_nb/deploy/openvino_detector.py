@@ -19,7 +19,7 @@ from ..base.core import InputError
 from ..base.extras import require
 from ..base.geometry import pad_to
 from ..data.batch import Batch
-from .detector import INPUTS, OUTPUTS, Detector, in_steps
+from .detector import INPUTS, Detector, in_steps, outputs_of
 from ..models.weights import read_preprocessing
 
 # %% ../../nbs/65_deploy/26_openvino_detector.ipynb #2dbfeab2
@@ -78,17 +78,17 @@ class OpenVinoDetector(Detector):
         if pad_to(self.size, self.divisor) != padded:
             raise InputError(f"the record says size {self.size}, the network takes {padded}", path, "export it again")
 
-    def infer(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def infer(self, batch: Batch) -> tuple[np.ndarray, ...]:
         step = self.batch or len(batch)
         return in_steps(batch, step, lambda count: step, self.run)
 
     def run(
         self,
         feed: dict[str, np.ndarray],  # By the names of `INPUTS`
-    ) -> list[np.ndarray]:  # In the order of `OUTPUTS`
+    ) -> list[np.ndarray]:  # In the order of `outputs`
         "One call; the answers are the caller's own."
         answers = self.compiled(feed)
-        return [answers[name].copy() for name in OUTPUTS]
+        return [answers[name].copy() for name in self.outputs]
 
 # %% ../../nbs/65_deploy/26_openvino_detector.ipynb #cca4c4c3
 def _record_of(compiled: Any, path: str | Path) -> dict:
@@ -101,7 +101,7 @@ def _record_of(compiled: Any, path: str | Path) -> dict:
         record = json.loads(model.get_rt_info(place).value) if model.has_rt_info(place) else None
     except ValueError:
         record = None
-    if not isinstance(record, dict) or names != (INPUTS, OUTPUTS):
+    if not isinstance(record, dict) or names != (INPUTS, outputs_of(record)):
         what = f"an ONNX file, but without our record (inputs {', '.join(names[0])}; outputs {', '.join(names[1])})"
         raise InputError(what, path, "export it with export_onnx, which stores classes and input size")
     read_preprocessing(record, path)

@@ -18,19 +18,19 @@ from fastcore.basics import patch
 
 from ..base.core import InputError
 from ..data.batch import Batch
-from .detector import INPUTS, OUTPUTS, Detector, in_steps
+from .detector import INPUTS, Detector, in_steps
 from .tensorrt_build import check_engine, import_builder
 
 # %% ../../nbs/65_deploy/14_tensorrt_detector.ipynb #01eb75ae
 class _Launch:
     "Buffers of one batch size, and the recorded launch that fills them."
 
-    def __init__(self, engine, count: int, device: torch.device, stream: torch.cuda.Stream):
+    def __init__(self, engine, outputs: tuple[str, ...], count: int, device: torch.device, stream: torch.cuda.Stream):
         self.context = engine.create_execution_context()
         if self.context is None:
             raise InputError(f"no memory on the card for batches of {count}", None, "serve with a smaller --max-batch")
-        self.stream, self.device_side, self.host_side = stream, {}, {}
-        for name in (*INPUTS, *OUTPUTS):
+        self.stream, self.outputs, self.device_side, self.host_side = stream, outputs, {}, {}
+        for name in (*INPUTS, *outputs):
             if name in INPUTS:
                 self.context.set_input_shape(name, (count, *tuple(engine.get_tensor_shape(name))[1:]))
             shape, kind = tuple(self.context.get_tensor_shape(name)), _TYPES[engine.get_tensor_dtype(name).name]
@@ -53,7 +53,7 @@ class _Launch:
             self.device_side[name].copy_(self.host_side[name], non_blocking=True)
         if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise RuntimeError("TensorRT could not start the engine")
-        for name in OUTPUTS:
+        for name in self.outputs:
             self.host_side[name].copy_(self.device_side[name], non_blocking=True)
 
     def __call__(self, given: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -62,7 +62,7 @@ class _Launch:
         with torch.cuda.stream(self.stream):
             self._execute() if self.graph is None else self.graph.replay()
         self.stream.synchronize()
-        return [self.host_side[name].numpy().copy() for name in OUTPUTS]
+        return [self.host_side[name].numpy().copy() for name in self.outputs]
 
 
 _TYPES = {"UINT8": torch.uint8, "INT64": torch.int64, "FLOAT": torch.float32, "HALF": torch.float16}
@@ -98,7 +98,7 @@ class TensorRTDetector(Detector):
 
 # %% ../../nbs/65_deploy/14_tensorrt_detector.ipynb #b7b9284d
 @patch
-def infer(self: TensorRTDetector, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def infer(self: TensorRTDetector, batch: Batch) -> tuple[np.ndarray, ...]:
     smallest, _, largest = self.about.batch
 
     def filled(count: int) -> int:  # to a power of two: each size has buffers of its own
@@ -107,7 +107,7 @@ def infer(self: TensorRTDetector, batch: Batch) -> tuple[np.ndarray, np.ndarray,
     def run(feed: dict[str, np.ndarray]) -> list[np.ndarray]:
         count = len(feed["images"])
         if count not in self.launches:
-            self.launches[count] = _Launch(self.engine, count, self.device, self.stream)
+            self.launches[count] = _Launch(self.engine, self.outputs, count, self.device, self.stream)
         return self.launches[count](feed)
 
     with self.lock, torch.cuda.device(self.device):

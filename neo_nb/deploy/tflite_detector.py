@@ -69,7 +69,7 @@ def run(
 
 @patch
 @torch.no_grad()
-def infer(self: TFLiteDetector, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def infer(self: TFLiteDetector, batch: Batch) -> tuple[np.ndarray, ...]:
     images = self.model.network_input(batch.images, batch.sizes)
     padded = (images.shape[-2], images.shape[-1])
     images = images.permute(0, 2, 3, 1).numpy()

@@ -21,7 +21,7 @@ from torch import nn
 from ..base.core import InputError, atomic_write
 from ..base.geometry import check_size
 from ..data.batch import Batch
-from .detector import INPUTS, OUTPUTS, Detector, in_steps
+from .detector import INPUTS, Detector, in_steps
 from .onnx import Exported, check_batch, sample_inputs
 from ..models.weights import model_record, read_preprocessing
 
@@ -130,6 +130,6 @@ class PackageDetector(Detector):
 
         def run(feed: dict) -> list:
             found = self.program(*(torch.from_numpy(feed[name]).to(self.device) for name in INPUTS))
-            return [found[place].cpu().numpy() for place in range(len(OUTPUTS))]
+            return [found[place].cpu().numpy() for place in range(len(self.outputs))]
 
         return in_steps(batch, step, lambda count: step, run)

@@ -30,10 +30,11 @@ def analyse(
     metrics: Mapping[str, Any],  # From `evaluate`
 ) -> dict[str, Any]:  # slices, errors, costs, calibration, confusion: plain numbers, as JSON takes them
     "What the detector gets wrong, and where."
-    rule = {"iou_threshold": metrics["iou_threshold"], "max_dets": metrics["max_dets"]}
+    kind = metrics.get("iou_type", "bbox")
+    rule = {"iou_threshold": metrics["iou_threshold"], "max_dets": metrics["max_dets"], "iou_type": kind}
     threshold = max(metrics["threshold"], 0.0)
     errors = find_errors(detections, annotations, score_threshold=threshold, **rule)
-    found = {"slices": slice_metrics(detections, annotations, threshold, metrics["max_dets"])}
+    found = {"slices": slice_metrics(detections, annotations, threshold, metrics["max_dets"], kind)}
     found |= {"errors": errors.counts(), "costs": delta_ap(detections, annotations, **rule)}
     found |= {"calibration": calibration(detections, annotations, **rule)}
     found |= {"crowds": crowd_metrics(detections, annotations, threshold)}

@@ -204,7 +204,9 @@ def evaluate(
     per_class = {name: row | curves[name].best() | sure[name] for name, row in result.pop("per_class").items()}
     result |= curves[ALL].best() | sure[ALL]
     result |= {"images": len(annotations), "boxes": int(counted(annotations, iou_type).sum())}
-    result |= {} if iou_type == "bbox" else {"iou_type": iou_type}
+    if iou_type != "bbox":
+        boxes = coco_metrics(detections, annotations, max_dets)
+        result |= {"iou_type": iou_type, "box_AP": boxes["AP"], "box_AP50": boxes["AP50"]}
     return result | {"max_dets": max_dets, "iou_threshold": iou_threshold, "per_class": per_class}
 
 # %% ../../nbs/50_evaluate/02_operating_point.ipynb #ca0d7cbf

@@ -109,19 +109,21 @@ def by_torchmetrics(
              "map_large": "APl", f"mar_{max_dets}": f"AR{max_dets}"}  # fmt: skip
     return {ours: found[theirs] for theirs, ours in names.items() if theirs in found}
 
-
+# %% ../../nbs/50_evaluate/08_verify.ipynb #7cca2fc3
 def verify_metrics(
     detections: Detections,
     annotations: Annotations,
     max_dets: int = 100,  # Detections that count, for each class in each image
-) -> pd.DataFrame:  # A row per number: ours, pycocotools, torchmetrics, and the largest difference
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
+) -> pd.DataFrame:  # A row per number: ours, pycocotools, torchmetrics for boxes, and the largest difference
     "COCO's numbers by three libraries."
     columns = {
-        "neo_nb": coco_metrics(detections, annotations, max_dets),
-        "pycocotools": by_pycocotools(detections, annotations, max_dets),
-        "torchmetrics": by_torchmetrics(detections, annotations, max_dets),
+        "neo_nb": coco_metrics(detections, annotations, max_dets, iou_type=iou_type),
+        "pycocotools": by_pycocotools(detections, annotations, max_dets, iou_type=iou_type),
     }
+    if iou_type == "bbox":
+        columns["torchmetrics"] = by_torchmetrics(detections, annotations, max_dets)
     table = pd.DataFrame({name: pd.Series(numbers) for name, numbers in columns.items()})
     table = table.loc[list(columns["pycocotools"])].astype(float)
-    table["difference"] = table[["pycocotools", "torchmetrics"]].sub(table["neo_nb"], axis=0).abs().max(axis=1)
+    table["difference"] = table.drop(columns="neo_nb").sub(table["neo_nb"], axis=0).abs().max(axis=1)
     return table

@@ -143,13 +143,15 @@ class Criterion:
         denoising: tuple[Tensor, Tensor, Matches, int] | None = None,  # Logits, boxes, pairs, number of groups
         num_asked: float | None = None,  # As `num_boxes`, of the objects that denoising asks about; None: of all
         overflow: bool = False,  # Objects that outnumber the queries stay without one
+        pairs: Matches | None = None,  # Of all layers, the proposals last; matched here when None
     ) -> dict[str, Float[Tensor, ""]]:
         layers = len(logits)
         names = [f"_{i}" for i in range(layers - 1)] + [""]
         if encoder is not None:
             logits, boxes = torch.cat([logits, encoder[0][None]]), torch.cat([boxes, encoder[1][None]])
             names.append("_enc")
-        pairs = match(logits.detach(), boxes.detach(), targets, self.costs, overflow)
+        if pairs is None:
+            pairs = match(logits.detach(), boxes.detach(), targets, self.costs, overflow)
         terms = set_loss(logits, boxes, targets, pairs, num_boxes, self.weights, self.kind)
         named = {f"{term}{name}": value[i] for term, value in terms.items() for i, name in enumerate(names)}
         if denoising is not None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..base.core import InputError, atomic_write, check_choice
 from ..base.geometry import Resize
+from ..base.keypoints import Skeleton
 from .checkpoint_files import Kind, read_checkpoint, resolve_weights
 from .contract import DetectionModel, Preprocessing
 from .external import External
@@ -43,6 +44,8 @@ def model_record(
         "model": model.model_name,
         "class_names": list(model.class_names),
         "category_ids": list(model.category_ids),
+        "task": model.task,
+        "skeleton": model.skeleton.to_dict() if model.skeleton else None,
         "size": list(model.size) if model.size else None,
         "config": model.current_config(),
         "max_dets": model.max_dets,
@@ -133,7 +136,7 @@ def _read(path: str | Path, tensors: bool = False) -> tuple[dict, dict[str, Tens
         )
     return record, found
 
-
+# %% ../../nbs/40_models/22_weights.ipynb #2d9911cf
 def load_model(
     path: str | Path,  # What `save_weights` wrote
     class_names: Sequence[str] | None = None,  # Refuse the file unless it has exactly these classes
@@ -150,7 +153,8 @@ def load_model(
     if record["model"] not in VARIANTS:
         raise InputError(f"made by the model {record['model']!r}, which is not known here", path)
     names = {key: record[key] for key in ("class_names", "category_ids")}
-    model = create_model(record["model"], **names, **asdict(_config(record, path)))
+    skeleton = Skeleton(**record["skeleton"]) if record.get("skeleton") else None
+    model = create_model(record["model"], **names, skeleton=skeleton, **asdict(_config(record, path)))
     model.preprocessing = read_preprocessing(record, path, model.preprocessing)
     load_strictly(model, tensors, path)
     model.size = tuple(record["size"]) if record["size"] else None

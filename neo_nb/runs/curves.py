@@ -17,7 +17,9 @@ from ..base.core import atomic_write
 from ..base.page import number_text
 
 # %% ../../nbs/70_runs/03_curves.ipynb #d73016f0
-MAIN = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "F1", "threshold", "precision", "recall")
+MAIN = (
+    "AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "F1", "threshold", "precision", "recall", "box_AP"
+)  # fmt: skip
 
 
 def results_text(

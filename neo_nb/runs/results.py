@@ -112,7 +112,8 @@ def save_evaluation(
     with atomic_write(run / "metrics.json") as path:
         path.write_text(json.dumps({"data": annotations.name} | dict(metrics), indent=2) + "\n", encoding="utf-8")
     save_detections(detections, run / "detections.npz")
-    curves = threshold_curves(detections, annotations, metrics["iou_threshold"], metrics["max_dets"])
+    kind = metrics.get("iou_type", "bbox")
+    curves = threshold_curves(detections, annotations, metrics["iou_threshold"], metrics["max_dets"], kind)
     for name, plot in (("pr", plot_pr), ("f1", plot_f1)):
         save_figure(plot(curves), run / "plots" / f"{name}.svg")
     threshold = metrics["threshold"] if metrics["threshold"] > 0 else 0.3
@@ -138,7 +139,8 @@ def save_analysis(
         figure = analysis.plot_confusion(found["confusion"], annotations.class_names)
         save_figure(figure, run / "plots" / "confusion.svg")
     threshold = max(metrics["threshold"], 0.0)
-    errors = find_errors(detections, annotations, metrics["iou_threshold"], threshold, max_dets=metrics["max_dets"])
+    rule = {"max_dets": metrics["max_dets"], "iou_type": metrics.get("iou_type", "bbox")}
+    errors = find_errors(detections, annotations, metrics["iou_threshold"], threshold, **rule)
     cases = find_cases(errors, detections, annotations)
     save_gallery(run / "gallery", cases, detections, annotations, threshold)
 
@@ -152,7 +154,8 @@ def open_evaluation(
         raise InputError("this run has no detections", run, "neo evaluate RUN makes a run that has")
     metrics = json.loads((run / "metrics.json").read_text())
     split = metrics["data"].rpartition("/")[2]
-    annotations = load_dataset(known.get("name") or metrics["data"].rpartition("/")[0], split)
+    name = known.get("name") or metrics["data"].rpartition("/")[0]
+    annotations = load_dataset(name, split, extras="iou_type" in metrics)
     if fingerprint(annotations) not in map(str, known.values()):
         what = f"{annotations.name} is not what it was when this run was evaluated"
         raise InputError(what, run, "neo evaluate RUN, and take the run that it makes")

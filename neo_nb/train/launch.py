@@ -31,6 +31,7 @@ from ..base.core import InputError, atomic_write
 from ..base.devices import count_cores, resolve_device
 from ..base.nodes import Nodes, read_nodes
 from ..data.manifest import load_dataset
+from ..models.zoo import task_of
 from .config import TrainConfig
 from .interrupt import Interrupt
 from .loop import resolve_start
@@ -99,7 +100,8 @@ def work(
     try:
         order = _order(folder, read_nodes())
         config = TrainConfig.model_validate(order["config"])
-        tables = [load_dataset(order["data"], split) for split in order["splits"]]
+        extras = task_of(config.model) != "detection"
+        tables = [load_dataset(order["data"], split, extras=extras) for split in order["splits"]]
         result = train(config, order["run"], *tables, resume=order["resume"])
         if os.environ["LOCAL_RANK"] == "0":  # the first one of this machine
             with atomic_write(folder / "result.json") as path:

@@ -35,11 +35,11 @@ from ..data.batch import Batch, draw_batch
 from ..data.loader import Loader, make_loader
 from ..data.resize import size_for
 from ..models.backbones import freeze_norms, freeze_temporarily, has_frozen_norms
-from ..models.contract import DetectionModel
+from ..models.contract import DetectionModel, check_task
 from ..models.int8 import to_int8
 from ..models.pretrained import find_start
 from ..models.weights import load_weights
-from ..models.zoo import create_model
+from ..models.zoo import create_model, task_of
 from .callbacks import Callbacks
 from .config import TrainConfig
 from .interrupt import Interrupt
@@ -237,7 +237,7 @@ def build_model(config: TrainConfig, table: Annotations) -> DetectionModel:
     config = resolve_start(config)
     overrides = config.model_overrides()
     names = {"class_names": table.class_names, "category_ids": table.category_ids}
-    model = create_model(config.model, **names, **overrides)
+    model = create_model(config.model, **names, skeleton=check_task(task_of(config.model), table), **overrides)
     model.set_loss(config.loss)
     model.allow_overflow = config.allow_overflow
     model.preprocessing = replace(model.preprocessing, resize=config.resize, by_orientation=config.by_orientation)

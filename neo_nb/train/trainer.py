@@ -13,6 +13,7 @@ import os
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..data.batch import Batch
 from ..data.loader import make_loader
 from ..evaluate.operating_point import evaluate
 from ..losses.matcher import CapacityError
+from ..models.contract import TASKS
 from ..models.weights import save_weights
 from .callbacks import Callbacks, watched
 from .checkpoint import load_state, rng_state, save_state, set_rng_state
@@ -69,9 +71,8 @@ def predict(
         if sums is not None:
             self._add_losses(outputs, batch, sums)
         found = model.postprocess(outputs, batch, len(part))
-        predicted.append((rows[found.image_index], found.boxes_xyxy, found.scores, found.labels))
-    gathered = gather_object(predicted) if world > 1 else predicted
-    return concat([Detections(*columns, len(table), table.class_names) for columns in gathered])
+        predicted.append(replace(found, image_index=rows[found.image_index], num_images=len(table)))
+    return concat(gather_object(predicted) if world > 1 else predicted)
 
 # %% ../../nbs/60_train/11_trainer.ipynb #d5f48869
 @patch
@@ -129,7 +130,8 @@ def evaluate_epoch(self: Trainer) -> dict[str, Any]:
     if self.accelerator.is_main_process:
         most = self.model.max_dets
         extra = most if most != self.config.max_dets else None
-        result = [evaluate(predicted, self.val_table, max_dets=self.config.max_dets, extra_max_dets=extra)]
+        kind = TASKS[self.model.task]
+        result = [evaluate(predicted, self.val_table, self.config.max_dets, extra_max_dets=extra, iou_type=kind)]
     metrics = broadcast_object_list(result)[0] if self.accelerator.num_processes > 1 else result[0]
     at = self._row()
     self.history.append(at | unseen | plain_numbers(metrics))

@@ -94,6 +94,7 @@ class DecoderOutputs:
     boxes: Float[Tensor, "l b q 4"]
     proposal_logits: Float[Tensor, "b q c"]
     proposal_boxes: Float[Tensor, "b q 4"]
+    queries: Float[Tensor, "l b q e"]  # What each of these layers knows of each query
     denoising_logits: Float[Tensor, "l b d c"] | None = None
     denoising_boxes: Float[Tensor, "l b d 4"] | None = None
 
@@ -236,6 +237,7 @@ def forward(
         mask = attention_mask(extra, denoising.groups, content.shape[1], x.device)
     logits = []
     boxes = []
+    queries = []
     previous = reference
     sizes = list(shapes.values())
     last = (len(self.layers) if self.training else self.eval_layers) - 1
@@ -244,10 +246,12 @@ def forward(
         x = checkpointed(layer, x, position, reference, memory, sizes, valid, mask, on=self.grad_checkpointing)
         delta = own_precision(self.box[i], x).float()
         if self.training or i == last:
+            queries.append(x[:, extra:])
             logits.append(self.score[i](x).float())
             boxes.append((delta + inverse_sigmoid(previous)).sigmoid())
         previous = (delta + inverse_sigmoid(reference)).sigmoid()
         reference = previous.detach()
     logits, boxes = torch.stack(logits), torch.stack(boxes)
     asked = (logits[:, :, :extra], boxes[:, :, :extra]) if extra else ()
-    return DecoderOutputs(logits[:, :, extra:], boxes[:, :, extra:], enc_logits.float(), enc_boxes.sigmoid(), *asked)
+    found = logits[:, :, extra:], boxes[:, :, extra:], enc_logits.float(), enc_boxes.sigmoid()
+    return DecoderOutputs(*found, torch.stack(queries), *asked)

@@ -23,6 +23,8 @@ from ...data.batch import Targets, check_contents, denormalize_boxes
 from ...losses.criterion import Criterion
 from ...losses.denoising import Denoising, make_denoising
 from ...losses.denoising import num_asked as num_asked_about
+from ...losses.matcher import Matches
+from ...losses.matcher import match as match_layers
 from ..backbones import make_backbone
 from ..contract import DetectionModel, Outputs, Preprocessing
 from ..dinov3 import ViTSizes, with_vit
@@ -200,13 +202,37 @@ def forward(
         check_contents(
             sizes.tolist(), images.shape[-2:]
         )  # on a GPU reading them would wait; a `Batch` has checked them
-    maps, padded, frame = self.encode(images, sizes)
+    return self.decode(*self.encode(images, sizes), targets)
+
+
+@patch
+def decode(
+    self: RTDETR,
+    maps: list[Tensor],  # As `encode` gives them, with the next two
+    padded: tuple[int, int],
+    frame: PaddingInfo | None,
+    targets: tuple[Targets, ...] | None = None,  # The objects; used in training, for denoising
+) -> RTDETROutputs:
+    "Detect in the encoder's maps."
     asked = None
     if self.training and targets is not None and self.config.num_denoising:
         asked = make_denoising(targets, self.num_classes, len(self.decoder.layers), self.config.num_denoising)
     out = self.decoder(maps, frame, asked)
     features = maps[-1] if self.training else None
     return RTDETROutputs(out.logits[-1], out.boxes[-1], padded, out, asked, features=features)
+
+# %% ../../../nbs/40_models/10_rtdetr/03_model.ipynb #4c158e1b
+@patch
+def match(
+    self: RTDETR,
+    outputs: RTDETROutputs,
+    targets: tuple[Targets, ...],  # One per image
+) -> Matches:  # Of every layer, the encoder's proposals as the last one
+    "Which query is whose."
+    d = outputs.decoder
+    logits = torch.cat([d.logits, d.proposal_logits[None]]).detach()
+    boxes = torch.cat([d.boxes, d.proposal_boxes[None]]).detach()
+    return match_layers(logits, boxes, targets, self.criterion.costs, self.allow_overflow)
 
 # %% ../../../nbs/40_models/10_rtdetr/03_model.ipynb #c4b9dff8
 @patch
@@ -216,6 +242,7 @@ def loss(
     targets: tuple[Targets, ...],  # One per image
     num_boxes: Float[Tensor, ""] | float | None = None,  # At least 1; counted here when None
     num_asked: float | None = None,  # Objects that denoising asks about, counted likewise
+    pairs: Matches | None = None,  # From `match`; matched here when None
 ) -> dict[str, Float[Tensor, ""]]:  # Weighted terms by name; the loss is their sum
     "The loss of what `forward` said in training."
     if num_boxes is None:
@@ -228,11 +255,42 @@ def loss(
     proposals = (d.proposal_logits, d.proposal_boxes)
     counts = {"num_boxes": num_boxes, "num_asked": num_asked}
     terms = self.criterion(
-        d.logits, d.boxes, targets, encoder=proposals, denoising=answers, overflow=self.allow_overflow, **counts
-    )
+        d.logits, d.boxes, targets, encoder=proposals, denoising=answers, overflow=self.allow_overflow, pairs=pairs,
+        **counts,
+    )  # fmt: skip
     if answers is None:
         terms["vfl"] = terms["vfl"] + 0 * self.decoder.denoising_class.weight.sum()
     return terms
+
+# %% ../../../nbs/40_models/10_rtdetr/03_model.ipynb #886125e0
+@patch
+def choose(
+    self: RTDETR,
+    outputs: Outputs,
+    sizes: Int64[Tensor, "b 2"],  # (height, width) of the content
+    max_dets: int | None = None,  # At most so many per image; `max_dets` when None
+) -> tuple[Float[Tensor, "b k"], Int64[Tensor, "b k"], Int64[Tensor, "b k"]]:  # Scores, labels, numbers of queries
+    "The best pairs of query and class; 0 is the score of what has its centre in the padding."
+    scores = outputs.logits.float().sigmoid()
+    height, width = outputs.padded
+    ends = torch.stack([sizes[:, 1] / width, sizes[:, 0] / height], -1)  # of the contents, as fractions of the frame
+    inside = (outputs.boxes[..., :2] < ends[:, None]).all(-1, keepdim=True)
+    scores = (scores * inside).flatten(1)
+    scores, chosen = scores.topk(min(max_dets or self.max_dets, scores.shape[1]), 1)
+    return scores, chosen % self.num_classes, chosen // self.num_classes
+
+
+@patch
+def boxes_of(
+    self: RTDETR,
+    outputs: Outputs,
+    chosen: Int64[Tensor, "b k"],  # Numbers of queries
+    sizes: Int64[Tensor, "b 2"],  # (height, width) of the content
+    original_sizes: Int64[Tensor, "b 2"],  # (height, width) of the original image
+) -> Float[Tensor, "b k 4"]:  # xyxy, pixels of the original, cut to it
+    "The boxes of some queries."
+    boxes = outputs.boxes.gather(1, chosen[..., None].expand(-1, -1, 4))
+    return denormalize_boxes(boxes, sizes, original_sizes, outputs.padded)
 
 # %% ../../../nbs/40_models/10_rtdetr/03_model.ipynb #06b9c3d7
 @patch
@@ -244,16 +302,8 @@ def detect(
     max_dets: int | None = None,  # At most so many per image; the number of queries when None
 ) -> tuple[Float[Tensor, "b k 4"], Float[Tensor, "b k"], Int64[Tensor, "b k"]]:  # xyxy in pixels, scores, labels
     "The best detections of each image, best first."
-    scores = outputs.logits.float().sigmoid()
-    height, width = outputs.padded
-    ends = torch.stack([sizes[:, 1] / width, sizes[:, 0] / height], -1)  # of the contents, as fractions of the frame
-    inside = (outputs.boxes[..., :2] < ends[:, None]).all(-1, keepdim=True)
-    scores = (scores * inside).flatten(1)
-    scores, chosen = scores.topk(min(max_dets or self.num_queries, scores.shape[1]), 1)
-    labels = chosen % self.num_classes
-    queries = chosen // self.num_classes
-    boxes = outputs.boxes.gather(1, queries[..., None].expand(-1, -1, 4))
-    return denormalize_boxes(boxes, sizes, original_sizes, outputs.padded), scores, labels
+    scores, labels, chosen = self.choose(outputs, sizes, max_dets)
+    return self.boxes_of(outputs, chosen, sizes, original_sizes), scores, labels
 
 # %% ../../../nbs/40_models/10_rtdetr/03_model.ipynb #642a02bb
 @patch
