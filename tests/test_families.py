@@ -23,7 +23,7 @@ from neo_nb.train.config import make_config
 from neo_nb.train.trainer import Trainer, train
 
 SMALLEST = ("rtdetr_nano", "detr_nano", "rtmdet_nano", "yolox_nano")
-OF_TORCHVISION = ("retinanet_nano", "fcos_nano", "faster_rcnn_nano")
+OF_TORCHVISION = ("retinanet_nano", "fcos_nano", "faster_rcnn_nano", "ssdlite_nano")
 WALKED = (*SMALLEST, "dinov3_detr_nano", "dinov3_rtdetr_nano")  # the last two with a backbone that is frozen for good
 families = pytest.mark.parametrize("name", (*WALKED, *OF_TORCHVISION))
 

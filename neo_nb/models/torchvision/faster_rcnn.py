@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['RATIOS', 'WEIGHTS', 'SHARES', 'FasterRCNNConfig', 'FasterRCNNOutputs', 'FasterRCNN']
 
-# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #5ac2097f
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #8c696b01
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from .crops import crop_boxes
 from .pyramid import PyramidConfig, PyramidDetector
 from .regions import Regions, draw, flat, propose, region_terms
 
-# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #83f9ea0d
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #4ad29882
 @dataclass(frozen=True)
 class FasterRCNNConfig(PyramidConfig):
     "All that defines the network besides its classes."
@@ -62,7 +62,7 @@ class FasterRCNNOutputs(Outputs):
     real: Bool[Tensor, "b q"]  # Which proposals are any
     drawn: bool  # They were drawn for a training
 
-# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #00c6eee6
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #e744677a
 class FasterRCNN(PyramidDetector):
     "A two-stage detector with one box head, or a cascade of them."
 
@@ -90,7 +90,7 @@ class FasterRCNN(PyramidDetector):
         "Rows of the first head's scores, without the background's."
         return len(tensors["heads.0.score.bias"]) - 1 if "heads.0.score.bias" in tensors else -1
 
-# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #c5e7ccd1
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #6fde6cee
 @patch
 def regions_of(
     self: FasterRCNN,
@@ -125,7 +125,7 @@ def _proposals(
     places, real = draw(positive & real, negative & real, c.drawn, SHARE)
     return boxes.gather(1, places[..., None].expand(-1, -1, 4)), real
 
-# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #d5eaee1f
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #8f5c5cde
 @patch
 def forward(
     self: FasterRCNN,
@@ -166,7 +166,7 @@ def _stages(
         stages.append(Stage(boxes, scores, deltas, weights))
     return tuple(stages)
 
-# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #be280328
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #1f9aa830
 @patch
 def loss_counts(self: FasterRCNN, targets: tuple[Targets, ...]) -> dict[str, float]:
     "Images."
@@ -191,7 +191,7 @@ def loss(
     count = len(targets) if num_images is None else num_images
     return {name: value / count for name, value in terms.items()}
 
-# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #13a709ef
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #17ab76c7
 @patch
 def detect(
     self: FasterRCNN,
