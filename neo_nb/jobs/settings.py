@@ -25,7 +25,8 @@ MODELS = (
     "dinov3_rtdetr_nano dinov3_rtdetr_s dinov3_rtdetr_b dinov3_rtdetr dinov3_detr_nano dinov3_detr_s dinov3_detr_b "
     "dinov3_detr rtdetr_nano_seg rtdetr_r18_seg rtdetr_r50_seg rtdetrv2_r18_seg rtdetrv2_r50_seg yolox_nano yolox_tiny yolox_s yolox_m yolox_l yolox_x "
     "retinanet_nano retinanet_r50 fcos_nano fcos_r50 faster_rcnn_nano faster_rcnn_mobilenet faster_rcnn_r50 "
-    "cascade_rcnn_nano cascade_rcnn_r50 ssdlite_nano ssdlite_mobilenet"
+    "cascade_rcnn_nano cascade_rcnn_r50 ssdlite_nano ssdlite_mobilenet "
+    "mask_rcnn_nano mask_rcnn_r50 cascade_mask_rcnn_r50"
 ).split()  # written out, so that a job is refused before torch is imported
 TASKS = {"detection": "detection", "object_detection": "detection"}
 OTHER_TASKS = (

@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['DRAWN', 'SHARE', 'ClassBoxes', 'BoxHead', 'Stage', 'sides_of', 'head_terms']
 
-# %% ../../../nbs/40_models/16_torchvision/07_box_head.ipynb #d7b17057
+# %% ../../../nbs/40_models/16_torchvision/07_box_head.ipynb #0755503e
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from ...losses.dense_loss import in_ignore_regions
 from .anchors import BACKGROUND, assign_anchors, encode_boxes, match_objects
 from .regions import distance, drawing_weights
 
-# %% ../../../nbs/40_models/16_torchvision/07_box_head.ipynb #cf16d060
+# %% ../../../nbs/40_models/16_torchvision/07_box_head.ipynb #bfdb4ec4
 class ClassBoxes(nn.Module):
     "A linear layer that says four numbers for each class, or for all of them."
 
@@ -61,7 +61,7 @@ class BoxHead(nn.Module):
         x = self.tower(crops)
         return self.score(x), self.box(x)
 
-# %% ../../../nbs/40_models/16_torchvision/07_box_head.ipynb #f746c351
+# %% ../../../nbs/40_models/16_torchvision/07_box_head.ipynb #ffa662c2
 DRAWN, SHARE = 512, 0.25  # Proposals per image that are drawn, and the share of objects among them
 
 
@@ -86,7 +86,7 @@ def sides_of(
     match, labels, wanted = assign_anchors(proposals, targets, frame, lambda a, o: match_objects(a, o, **rule))
     return match >= 0, (match == BACKGROUND) & ~in_ignore_regions(proposals, frame, targets), labels, wanted
 
-# %% ../../../nbs/40_models/16_torchvision/07_box_head.ipynb #e663ba5f
+# %% ../../../nbs/40_models/16_torchvision/07_box_head.ipynb #e766b546
 def head_terms(
     stage: Stage,
     real: Bool[Tensor, "b r"],  # Which proposals are any

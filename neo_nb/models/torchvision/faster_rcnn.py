@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['RATIOS', 'WEIGHTS', 'SHARES', 'FasterRCNNConfig', 'FasterRCNNOutputs', 'FasterRCNN']
 
-# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #8c696b01
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #74eec22e
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from .crops import crop_boxes
 from .pyramid import PyramidConfig, PyramidDetector
 from .regions import Regions, draw, flat, propose, region_terms
 
-# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #4ad29882
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #240ce4ae
 @dataclass(frozen=True)
 class FasterRCNNConfig(PyramidConfig):
     "All that defines the network besides its classes."
@@ -62,7 +62,7 @@ class FasterRCNNOutputs(Outputs):
     real: Bool[Tensor, "b q"]  # Which proposals are any
     drawn: bool  # They were drawn for a training
 
-# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #e744677a
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #0e6f6afe
 class FasterRCNN(PyramidDetector):
     "A two-stage detector with one box head, or a cascade of them."
 
@@ -90,7 +90,7 @@ class FasterRCNN(PyramidDetector):
         "Rows of the first head's scores, without the background's."
         return len(tensors["heads.0.score.bias"]) - 1 if "heads.0.score.bias" in tensors else -1
 
-# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #6fde6cee
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #49f15f76
 @patch
 def regions_of(
     self: FasterRCNN,
@@ -125,7 +125,7 @@ def _proposals(
     places, real = draw(positive & real, negative & real, c.drawn, SHARE)
     return boxes.gather(1, places[..., None].expand(-1, -1, 4)), real
 
-# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #8f5c5cde
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #d93d305e
 @patch
 def forward(
     self: FasterRCNN,
@@ -135,7 +135,18 @@ def forward(
 ) -> FasterRCNNOutputs:
     "Detect, without turning the result into pixels. Raises `InputError` for contents larger than the input."
     maps, frame = self.features(images, sizes)
-    sizes = contents(images, sizes)
+    return self.answer(maps, frame, contents(images, sizes), targets)
+
+
+@patch
+def answer(
+    self: FasterRCNN,
+    maps: list[Tensor],  # (b, d, h, w), fine to coarse
+    frame: tuple[int, int],  # (height, width) of the padded input, pixels
+    sizes: Int64[Tensor, "b 2"],  # (height, width) of the content
+    targets: tuple[Targets, ...] | None,
+) -> FasterRCNNOutputs:
+    "What regions and heads say of the maps."
     found = self.regions_of(maps, frame)
     drawn = self.training and targets is not None
     boxes, real = self._proposals(found, sizes, targets if drawn else None, frame)
@@ -148,7 +159,7 @@ def forward(
     seen = maps[-1] if self.training else None
     return FasterRCNNOutputs(last.logits[..., :-1], fractions, frame, sizes, found, stages, real, drawn, features=seen)
 
-
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #7b34b781
 @patch
 def _stages(
     self: FasterRCNN, maps: list[Tensor], boxes: Tensor, sizes: Tensor, frame: tuple[int, int]
@@ -166,7 +177,7 @@ def _stages(
         stages.append(Stage(boxes, scores, deltas, weights))
     return tuple(stages)
 
-# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #1f9aa830
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #29f50594
 @patch
 def loss_counts(self: FasterRCNN, targets: tuple[Targets, ...]) -> dict[str, float]:
     "Images."
@@ -191,7 +202,7 @@ def loss(
     count = len(targets) if num_images is None else num_images
     return {name: value / count for name, value in terms.items()}
 
-# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #17ab76c7
+# %% ../../../nbs/40_models/16_torchvision/08_faster_rcnn.ipynb #ec236e1a
 @patch
 def detect(
     self: FasterRCNN,
