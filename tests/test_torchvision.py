@@ -27,7 +27,7 @@ def test_the_loss_of_eight_drawn_images_falls(name, batches):
     model = create_model(name, 2).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     history = []
-    for _ in range(12):
+    for _ in range(8):
         for batch in batches:
             terms = model.loss(model(batch.images, batch.sizes, batch.targets), batch.targets)
             optimizer.zero_grad()
@@ -40,20 +40,20 @@ def test_the_loss_of_eight_drawn_images_falls(name, batches):
     assert all(value.isfinite() for value in unseen.values())
 
 
-@pytest.mark.parametrize("name", ("fcos_nano", "faster_rcnn_nano", "mask_rcnn_nano"))
+@pytest.mark.parametrize("name", ("fcos_nano", "mask_rcnn_nano"))
 def test_a_file_finds_what_the_model_finds(name, tmp_path):
     torch.manual_seed(0)
-    few = {"proposals": 50, "candidates": 100} if "rcnn" in name else {}
+    few = {"proposals": 60, "candidates": 100} if "rcnn" in name else {}
     model = create_model(name, class_names=("a", "b"), **few).eval()
     model.size = (90, 150)
     for key, x in model.state_dict().items():
         if key.endswith(("score.weight", "cls_logits.weight", "bbox_pred.weight")):
             x.normal_(0, 0.05)
-    file = export_onnx(model, tmp_path / "model.onnx", batch="dynamic")
+    file = export_onnx(model, tmp_path / "model.onnx", batch=1 if "rcnn" in name else "dynamic")
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 255, (*side, 3), np.uint8) for side in ((90, 150), (150, 90), (33, 41))]
     own, other = TorchDetector(model).detect_images(images), OnnxDetector(file).detect_images(images)
     found = compare(own, other, min_score=0.001)
     assert found["detections"] > 20 and found["agreement"] == 1 and found["score_difference"] < 1e-5
     if model.task == "segmentation":
-        assert own.masks is not None and len(other.masks) == len(other)
+        assert len(own.masks) == len(other.masks) == len(other.scores)

@@ -9,7 +9,7 @@ __all__ = ['RETINANETS', 'FASTER_RCNNS', 'MASK_RCNNS', 'SSDLITES', 'FCOSES', 'FA
            'convert_retinanet', 'convert_fcos', 'convert_faster_rcnn', 'convert_mask_rcnn', 'convert_ssdlite',
            'check_ssdlite']
 
-# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #2b431544
+# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #6b631ac6
 import re
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ from .pyramid import check_config
 from .retinanet import RATIOS, SIZES, RetinaNet, RetinaNetConfig
 from .ssdlite import BOXES, SSDLite, SSDLiteConfig
 
-# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #5e6d11d8
+# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #76146932
 _NANO: dict[str, Any] = {"backbone": "resnet_nano", "channels": 64, "min_score": 0.001}
 RETINANETS = {
     "retinanet_nano": RetinaNetConfig(**_NANO, from_backbone=False),
@@ -52,7 +52,7 @@ MASK_RCNNS = {
 SSDLITES = {"ssdlite_nano": SSDLiteConfig(0.35), "ssdlite_mobilenet": SSDLiteConfig()}
 FCOSES = {"fcos_nano": FCOSConfig(**_NANO, head_depth=2), "fcos_r50": FCOSConfig(freeze_bn=True)}
 
-# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #e9116ffc
+# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #2bb793ec
 def coco_names(
     classes: int,  # Of a checkpoint, without the background
 ) -> list[str] | None:  # None: it is not made for COCO
@@ -98,7 +98,7 @@ def pyramid_of(
     width = len(tensors["neck.inner_blocks.0.0.weight"])
     return {"backbone": f"torchvision/{name}", "freeze_bn": frozen, "neck_norm": norm, "channels": width}
 
-# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #7bb7a430
+# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #c4d43bcb
 _TRAINED_AT = (800, 1333)  # (height, width) that torchvision brings images into
 
 
@@ -138,7 +138,7 @@ def convert_fcos(
     own = FCOSConfig(**pyramid_of(new), head_depth=depth)
     return External(new, coco_names(len(new[f"{last}bias"])), "fcos_r50", own, _TRAINED_AT)
 
-# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #9ccad779
+# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #3c042a4f
 def _two_stage(
     tensors: dict[str, Tensor],  # Of one of torchvision's two-stage detectors
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # By our names; fields of `FasterRCNNConfig`
@@ -174,7 +174,7 @@ def convert_faster_rcnn(
     name = "faster_rcnn_mobilenet" if "mobilenet" in own["backbone"] else "faster_rcnn_r50"
     return External(new, coco_names(len(new["heads.0.box.bias"])), name, FasterRCNNConfig(**own), _TRAINED_AT)
 
-# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #fd360343
+# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #29e6b000
 def convert_mask_rcnn(
     tensors: dict[str, Tensor],  # Of torchvision's Mask R-CNN
     config: dict,  # Not needed
@@ -195,7 +195,7 @@ def convert_mask_rcnn(
     names = coco_names(len(new["heads.0.box.bias"]))
     return External(new, names, "mask_rcnn_r50", MaskRCNNConfig(**own), _TRAINED_AT)
 
-# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #7bd6dcef
+# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #0a97976f
 def convert_ssdlite(
     tensors: dict[str, Tensor],  # Of torchvision's SSDLite
     config: dict,  # Not needed
@@ -222,7 +222,7 @@ def check_ssdlite(
     if config.width <= 0:
         raise InputError(f"width = {config.width}", "--model-settings", "a factor above 0")
 
-# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #50465774
+# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #b0d616fb
 def _family(name: str, model: type, config: type, variants: dict, convert, source: str, check=check_config) -> Family:
     return Family(name, model, config, variants, convert, check, "BSD-3-Clause", source)
 

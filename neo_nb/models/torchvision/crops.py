@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['CANONICAL', 'LEVEL', 'strides_of', 'level_of', 'crop_boxes']
 
-# %% ../../../nbs/40_models/16_torchvision/06_crops.ipynb #0a5b38fa
+# %% ../../../nbs/40_models/16_torchvision/06_crops.ipynb #565011cf
 import math
 
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-# %% ../../../nbs/40_models/16_torchvision/06_crops.ipynb #e30ea5ff
+# %% ../../../nbs/40_models/16_torchvision/06_crops.ipynb #8d9fa139
 CANONICAL, LEVEL = 224, 4  # A box of so many pixels belongs on the level of stride 2 ** 4
 
 
@@ -37,7 +37,7 @@ def level_of(
     first, last = (int(math.log2(stride)) for stride in (strides[0], strides[-1]))
     return ((LEVEL + size.log2() + 1e-6).floor().clamp(first, last) - first).long()
 
-
+# %% ../../../nbs/40_models/16_torchvision/06_crops.ipynb #6b015ca2
 def crop_boxes(
     maps: list[Float[Tensor, "b d _ _"]],  # Fine to coarse
     boxes: Float[Tensor, "b r 4"],  # xyxy in pixels of the frame

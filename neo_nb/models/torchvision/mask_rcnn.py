@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['CROP', 'SIDE', 'MaskRCNNConfig', 'MaskHead', 'MaskRCNNOutputs', 'MaskRCNN']
 
-# %% ../../../nbs/40_models/16_torchvision/09_mask_rcnn.ipynb #8ac62dc4
+# %% ../../../nbs/40_models/16_torchvision/09_mask_rcnn.ipynb #1648c032
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -27,7 +27,7 @@ from .box_head import SHARE
 from .crops import crop_boxes
 from .faster_rcnn import FasterRCNN, FasterRCNNConfig, FasterRCNNOutputs
 
-# %% ../../../nbs/40_models/16_torchvision/09_mask_rcnn.ipynb #d57a9df4
+# %% ../../../nbs/40_models/16_torchvision/09_mask_rcnn.ipynb #1fc10eae
 @dataclass(frozen=True)
 class MaskRCNNConfig(FasterRCNNConfig):
     "All that defines the network besides its classes."
@@ -58,7 +58,7 @@ class MaskHead(nn.Module):
     def forward(self, crops: Float[Tensor, "n d s s"]) -> Float[Tensor, "n c m m"]:  # Before the sigmoid
         return self.score(F.relu(self.larger(self.tower(crops))))
 
-# %% ../../../nbs/40_models/16_torchvision/09_mask_rcnn.ipynb #308be76e
+# %% ../../../nbs/40_models/16_torchvision/09_mask_rcnn.ipynb #3ef8120d
 @dataclass(frozen=True)
 class MaskRCNNOutputs(FasterRCNNOutputs):
     "`FasterRCNNOutputs` with the maps that masks are cropped from."
@@ -83,7 +83,7 @@ class MaskRCNN(FasterRCNN):
         "As a detector's."
         return FasterRCNN.count_classes(tensors)
 
-
+# %% ../../../nbs/40_models/16_torchvision/09_mask_rcnn.ipynb #e3dd4b42
 @patch
 def forward(
     self: MaskRCNN,
@@ -110,7 +110,7 @@ def masks_of(
     chosen = labels.flatten()[:, None, None, None].expand(-1, 1, SIDE, SIDE)
     return logits.gather(1, chosen)[:, 0].unflatten(0, boxes.shape[:2])
 
-
+# %% ../../../nbs/40_models/16_torchvision/09_mask_rcnn.ipynb #ef3c5023
 @patch
 def detect(
     self: MaskRCNN,
@@ -124,7 +124,7 @@ def detect(
     shares = (sizes.float() / original_sizes.float()).flip(-1).repeat(1, 2)[:, None]
     return boxes, scores, labels, self.masks_of(outputs, boxes * shares, labels).sigmoid()
 
-# %% ../../../nbs/40_models/16_torchvision/09_mask_rcnn.ipynb #ec84075c
+# %% ../../../nbs/40_models/16_torchvision/09_mask_rcnn.ipynb #712bba40
 @patch
 def loss(
     self: MaskRCNN,

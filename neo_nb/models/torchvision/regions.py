@@ -8,7 +8,7 @@
 __all__ = ['HIGH', 'LOW', 'DRAWN', 'SHARE', 'BETA', 'Regions', 'flat', 'propose', 'drawing_weights', 'draw', 'distance',
            'region_terms']
 
-# %% ../../../nbs/40_models/16_torchvision/05_regions.ipynb #7286f431
+# %% ../../../nbs/40_models/16_torchvision/05_regions.ipynb #64b38d5f
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from neo_nb.models.torchvision.anchors import (
     match_objects,
 )
 
-# %% ../../../nbs/40_models/16_torchvision/05_regions.ipynb #c7d92ae9
+# %% ../../../nbs/40_models/16_torchvision/05_regions.ipynb #8595a51e
 @dataclass(frozen=True)
 class Regions:
     "What a region network says of a batch."
@@ -46,7 +46,7 @@ def flat(
     rows = (x.flatten(2).unflatten(1, (-1, values)).permute(0, 3, 1, 2).flatten(1, 2) for x in maps)
     return torch.cat(list(rows), 1)
 
-# %% ../../../nbs/40_models/16_torchvision/05_regions.ipynb #0a5901d2
+# %% ../../../nbs/40_models/16_torchvision/05_regions.ipynb #802c9120
 @torch.no_grad()
 def propose(
     regions: Regions,
@@ -71,7 +71,7 @@ def propose(
     scores, place = top_scores(scores, count)
     return boxes.gather(1, place[..., None].expand(-1, -1, 4)), scores > 0
 
-# %% ../../../nbs/40_models/16_torchvision/05_regions.ipynb #2de0dadd
+# %% ../../../nbs/40_models/16_torchvision/05_regions.ipynb #f09ee613
 def drawing_weights(
     positive: Bool[Tensor, "b q"],
     negative: Bool[Tensor, "b q"],
@@ -102,7 +102,7 @@ def draw(
     value, places = rank.topk(min(count, rank.shape[1]), 1)
     return places, value >= 1
 
-# %% ../../../nbs/40_models/16_torchvision/05_regions.ipynb #c7013326
+# %% ../../../nbs/40_models/16_torchvision/05_regions.ipynb #fb629439
 HIGH, LOW = 0.7, 0.3  # IoU from which an anchor is an object's, and below which it is background
 DRAWN, SHARE = 256, 0.5  # Anchors per image that are drawn, and the share of objects among them
 BETA = 1 / 9  # Where a distance turns from squared to absolute

@@ -8,7 +8,7 @@
 __all__ = ['SCALES', 'ASPECTS', 'BOXES', 'WEIGHTS', 'ENOUGH', 'HARD', 'SSDLiteConfig', 'make_boxes', 'ClassPoints', 'SSDLiteHead',
            'SSDLite', 'match_each', 'hardest']
 
-# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #179ec497
+# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #86821e93
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,7 @@ from neo_nb.models.torchvision.anchors import (
 )  # fmt: skip
 from .best import best_of_boxes
 
-# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #29c80e23
+# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #0da03079
 @dataclass(frozen=True)
 class SSDLiteConfig:
     "All that defines the network besides its classes."
@@ -61,7 +61,7 @@ ASPECTS = (2, 3)
 BOXES = 2 + 2 * len(ASPECTS)  # At each cell
 WEIGHTS = (10.0, 5.0)  # What shifts and logarithms of the sides are multiplied by
 
-# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #fa633485
+# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #60a06e22
 @cache_by_size
 def make_boxes(
     frame: tuple[int, int],  # (height, width) of the padded input, pixels
@@ -88,7 +88,7 @@ def _row(values: list[float], device: torch.device | str | None) -> Tensor:
     "Numbers that are written on the device, not sent there."
     return torch.stack([torch.full((), value, device=device) for value in values])
 
-# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #7cd5c79a
+# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #b3e9a6f1
 class ClassPoints(nn.Module):
     "A 1x1 convolution that scores each class of each box of a cell."
 
@@ -124,7 +124,7 @@ class SSDLiteHead(nn.Module):
         scores = [score(spread(x)) for x, spread, score in zip(maps, self.spread, self.score)]
         return torch.cat(scores, 1), self.box(maps)
 
-# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #67b5a73e
+# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #1f69ac4d
 class SSDLite(DetectionModel):
     "A dense one-stage detector for small machines."
 
@@ -162,7 +162,7 @@ class SSDLite(DetectionModel):
         "Rows of the first map's scores, without the background's."
         return len(tensors["head.score.0.bias"]) - 1 if "head.spread.0.0.weight" in tensors else -1
 
-# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #7c69a473
+# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #823e1484
 @patch
 def features(
     self: SSDLite,
@@ -193,7 +193,7 @@ def forward(
     fractions = as_fractions(xyxy_to_cxcywh(boxes), padded)
     return AnchorOutputs(logits, fractions, padded, boxes, anchors, contents(images, sizes), features=seen)
 
-# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #a8af487a
+# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #358b0694
 ENOUGH = 0.5  # IoU from which a box is an object's
 HARD = 3  # Boxes of the background that count for each of an object
 
@@ -211,7 +211,7 @@ def match_each(
     found = torch.where(most < ENOUGH, -1, best)
     return found.scatter(0, overlap.argmax(1), torch.arange(len(objects), device=anchors.device))
 
-
+# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #ef915ef3
 def hardest(
     losses: Float[Tensor, "b q"],
     among: Bool[Tensor, "b q"],
@@ -221,7 +221,7 @@ def hardest(
     rank = losses.masked_fill(~among, -1.0).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return among & (rank < counts[:, None])
 
-
+# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #d8dbe1f9
 @patch
 def loss_sums(
     self: SSDLite,
@@ -255,7 +255,7 @@ def loss(
     terms, boxes = self.loss_sums(outputs, targets)
     return {name: value / boxes.clamp(min=1) for name, value in terms.items()}
 
-# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #b86cb032
+# %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #c5ef3003
 @patch
 def detect(
     self: SSDLite,
