@@ -22,24 +22,12 @@ from neo_nb.train.checkpoint import load_state
 from neo_nb.train.config import make_config
 from neo_nb.train.trainer import Trainer, train
 
-SMALLEST = (
-    "rtdetr_nano",
-    "detr_nano",
-    "conditional_detr_nano",
-    "deformable_detr_nano",
-    "dfine_nano",
-    "rfdetr_tiny",
-    "rtmdet_nano",
-    "yolox_nano",
-)
+OF_TORCHVISION = ("retinanet_nano", "fcos_nano", "faster_rcnn_nano", "ssdlite_nano")
+OF_TRANSFORMERS = ("conditional_detr_nano", "deformable_detr_nano", "dfine_nano", "rfdetr_tiny")
+WHOLE = ("rtdetr_nano", "detr_nano", "rtmdet_nano", "yolox_nano")
+SMALLEST = ("rtdetr_nano", "detr_nano", *OF_TORCHVISION, *OF_TRANSFORMERS, "rtmdet_nano", "yolox_nano")
 FROZEN = ("dinov3_detr_nano", "dinov3_rtdetr_nano")  # with a backbone that is frozen for good
-AFTER_DETR = (
-    "conditional_detr_nano",
-    "deformable_detr_nano",
-    "dfine_nano",
-    "rfdetr_tiny",
-)  # networks of transformers, as DETR is: no other commands
-WALKED = (*(name for name in SMALLEST if name not in AFTER_DETR), *FROZEN)
+WALKED = (*WHOLE, *FROZEN)  # through all commands; what wraps another library's networks is as DETR is
 families = pytest.mark.parametrize("name", (*SMALLEST, *FROZEN))
 
 
@@ -51,7 +39,7 @@ def neo(*words: object, cwd: Path):
 
 def dense(name: str) -> bool:
     """Whether a model predicts at every cell."""
-    return name.startswith(("rtmdet", "yolox"))
+    return name.startswith(("rtmdet", "yolox", *OF_TORCHVISION))
 
 
 def few(name: str) -> list[object]:

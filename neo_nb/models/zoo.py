@@ -24,6 +24,7 @@ from .rtdetr import convert as rtdetr
 from .rtdetr import pose, segment
 from .rtmdet import convert as rtmdet
 from .rtmdet import segment as rtmdet_ins
+from .torchvision import convert as torchvision
 from .transformers import conditional, deformable, dfine_convert, rfdetr_convert
 from .yolox import convert as yolox
 
@@ -33,6 +34,7 @@ FAMILIES: tuple[Family, ...] = (
     segment.FAMILY,
     pose.FAMILY,
     detr.FAMILY,
+    *torchvision.FAMILIES,
     conditional.FAMILY,
     deformable.FAMILY,
     dfine_convert.FAMILY,
