@@ -33,6 +33,7 @@ class Targets:
     ignore: Float[Tensor, "k 4"]  # cxcywh, 0..1: regions that count neither as object nor as background
     keypoints: Float[Tensor, "n p 3"] | None = None  # x, y as fractions of the frame; visibility 0, 1, 2
     masks: Masks | None = None  # Of the n objects: polygons in pixels of the frame, rasterised by `raster_masks`
+    classes: UInt8[Tensor, "h w"] | None = None  # The class of each pixel of the frame; 255 does not count
 
     @classmethod
     def empty(cls) -> "Targets":
@@ -66,7 +67,6 @@ class Batch:
     original_sizes: Int64[Tensor, "b 2"]  # (height, width) of the image file
     image_index: Int64[Tensor, "b"]  # Row in the Annotations; -1 for an image that is in no table
     targets: tuple[Targets, ...] = ()  # One per image; empty when nothing is known
-    classes: UInt8[Tensor, "b h w"] | None = None  # The class of each pixel; 255 does not count
 
     def __post_init__(self):
         if self.sizes.device.type == "cpu":  # elsewhere it was checked before, and reading it would wait

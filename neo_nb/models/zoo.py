@@ -23,10 +23,18 @@ from .external import Family
 from .rtdetr import convert as rtdetr
 from .rtdetr import segment
 from .rtmdet import convert as rtmdet
+from .semantic import segformer
 from .yolox import convert as yolox
 
 # %% ../../nbs/40_models/20_zoo.ipynb #a6b54ee0
-FAMILIES: tuple[Family, ...] = (rtdetr.FAMILY, segment.FAMILY, detr.FAMILY, rtmdet.FAMILY, yolox.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    rtdetr.FAMILY,
+    segment.FAMILY,
+    detr.FAMILY,
+    rtmdet.FAMILY,
+    yolox.FAMILY,
+    segformer.FAMILY,
+)
 VARIANTS: dict[str, Any] = {name: config for family in FAMILIES for name, config in family.variants.items()}
 
 
