@@ -206,6 +206,8 @@ class TrainConfig(ScheduleSettings):
         if maps != (monitor == "mIoU"):
             own = "a model of maps is measured by mIoU" if maps else "mIoU is of models of maps"
             raise ValueError(f"{own}, monitor is {monitor}")
+        if maps and given.get("pilot"):
+            raise ValueError("a pilot judges boxes: leave it out for a model of maps")
         return given | {"monitor": monitor}
 
 # %% ../../nbs/60_train/00_config.ipynb #a522bae2
