@@ -24,7 +24,8 @@ MODELS = (
     "rtdetrv2_hgnetv2_l rtdetrv2_hgnetv2_x rtdetrv2_timm detr_nano detr_r50 detr_r50_dc5 detr_r101 "
     "dinov3_rtdetr_nano dinov3_rtdetr_s dinov3_rtdetr_b dinov3_rtdetr dinov3_detr_nano dinov3_detr_s dinov3_detr_b "
     "dinov3_detr rtdetr_nano_seg rtdetr_r18_seg rtdetr_r50_seg rtdetrv2_r18_seg rtdetrv2_r50_seg yolox_nano yolox_tiny yolox_s yolox_m yolox_l yolox_x "
-    "segformer_nano segformer_b0 segformer_b1 segformer_b2 segformer_b3 segformer_b4 segformer_b5"
+    "segformer_nano segformer_b0 segformer_b1 segformer_b2 segformer_b3 segformer_b4 segformer_b5 "
+    "upernet_nano upernet_convnext_tiny upernet_convnext_small upernet_convnext_base upernet_swin_tiny upernet_swin_small"
 ).split()  # written out, so that a job is refused before torch is imported
 TASKS = {"detection": "detection", "object_detection": "detection"}
 OTHER_TASKS = (

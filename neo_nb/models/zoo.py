@@ -23,7 +23,7 @@ from .external import Family
 from .rtdetr import convert as rtdetr
 from .rtdetr import segment
 from .rtmdet import convert as rtmdet
-from .semantic import segformer
+from .semantic import segformer, upernet
 from .yolox import convert as yolox
 
 # %% ../../nbs/40_models/20_zoo.ipynb #a6b54ee0
@@ -34,6 +34,7 @@ FAMILIES: tuple[Family, ...] = (
     rtmdet.FAMILY,
     yolox.FAMILY,
     segformer.FAMILY,
+    upernet.FAMILY,
 )
 VARIANTS: dict[str, Any] = {name: config for family in FAMILIES for name, config in family.variants.items()}
 

@@ -388,6 +388,8 @@ def make_config(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
+        if not where:  # of several settings together
+            raise InputError(first["msg"].removeprefix("Value error, ")) from error
         raise InputError(f"{where} = {first['input']!r}: {first['msg'].lower()}", remedy=_meaning(where)) from error
 
 
