@@ -111,7 +111,7 @@ def test_what_is_missing_is_said_before_a_training_begins(tables, tmp_path):
     others = replace(tables[1], semantic_names=tables[1].semantic_names[::-1])
     with pytest.raises(InputError, match="they need those of the model"):
         train(config, tmp_path, tables[0], others)
-    files = tables[0].semantic_files.copy()
+    files = tables[0].semantic_files.tolist()
     bad = read_map(tables[0][0].semantic_file)
     bad[3, 4] = 9
     files[0] = str(write_map(bad, tmp_path / "bad.png"))

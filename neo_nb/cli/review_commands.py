@@ -25,7 +25,9 @@ def _check_detections(folder: Path, name: str) -> None:
         return
     metrics = folder / "metrics.json"
     if metrics.is_file() and "mIoU" in json.loads(metrics.read_text(encoding="utf-8")):
-        raise InputError("this run has a map for each image and no boxes", folder, "this is done with boxes: take a detector's")
+        raise InputError(
+            "this run has a map for each image and no boxes", folder, "this is done with boxes: take a detector's"
+        )
     raise InputError("this run has no detections", folder, f"neo evaluate {name}, and take the run that it makes")
 
 # %% ../../nbs/90_cli/04_review_commands.ipynb #47a5baa0

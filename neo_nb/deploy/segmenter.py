@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from jaxtyping import UInt8
 from torch import nn
 from tqdm import tqdm
@@ -68,45 +69,51 @@ class Segmenter:
     def network(self) -> nn.Module:
         return self.model.fuse()
 
-    @torch.inference_mode()
-    def segment(
-        self,
-        batch: Batch,
-    ) -> list[UInt8[np.ndarray, "h w"]]:  # As large as the image files
-        "The maps of a batch."
-        images, sizes = (part.to(self.device, non_blocking=True) for part in (batch.images, batch.sizes))
-        with autocast(self.device, self.precision):
-            outputs = self.network(images, sizes)
-        return [found.cpu().numpy() for found in self.network.segment(outputs, batch.sizes, batch.original_sizes)]
+# %% ../../nbs/65_deploy/30_segmenter.ipynb #1230f4b0
+@patch
+@torch.inference_mode()
+def segment(
+    self: Segmenter,
+    batch: Batch,
+) -> list[UInt8[np.ndarray, "h w"]]:  # As large as the image files
+    "The maps of a batch."
+    images, sizes = (part.to(self.device, non_blocking=True) for part in (batch.images, batch.sizes))
+    with autocast(self.device, self.precision):
+        outputs = self.network(images, sizes)
+    return [found.cpu().numpy() for found in self.network.segment(outputs, batch.sizes, batch.original_sizes)]
 
-    def segment_images(
-        self,
-        images: Sequence[np.ndarray],  # RGB uint8, height x width x 3, of any sizes
-    ) -> list[UInt8[np.ndarray, "h w"]]:
-        "The map of each image, one by one: images of different shapes share no frame."
-        own = self.preprocessing
-        turned = [turn_to(self.size, image.shape[:2]) if own.by_orientation else self.size for image in images]
-        batches = (prepare([image], frame, own.divisor, own.resize) for image, frame in zip(images, turned))
-        return [self.segment(batch)[0] for batch in batches]
 
-    def predict(
-        self,
-        annotations: Annotations,  # The images; what is annotated on them is not looked at
-        batch_size: int = 8,  # At once
-        progress: bool = True,  # Show a bar
-        num_workers: int | None = None,  # Processes that read images; by machine and table when None
-    ) -> Iterator[tuple[int, UInt8[np.ndarray, "h w"]]]:  # Row in the table and its map, each row once
-        "The maps of a table's images, one after the other."
-        bare = replace(annotations, semantic_files=None, semantic_names=(), masks=None, keypoints=None, skeleton=None)
-        bare = bare.select_boxes(np.zeros(len(bare.labels), bool))
-        workers = choose_workers(bare, self.device, count_cores()) if num_workers is None else num_workers
-        own = self.preprocessing
-        shape = {"size": self.size, "divisor": own.divisor, "resize": own.resize, "by_orientation": own.by_orientation}
-        loader = make_loader(bare, **shape, batch_size=batch_size, num_workers=workers, quiet=True)
-        with tqdm(total=len(bare), desc="segment", unit="image", disable=not progress, leave=False) as bar:
-            for batch in loader if len(bare) else ():
-                yield from zip(batch.image_index.tolist(), self.segment(batch))
-                bar.update(len(batch))
+@patch
+def segment_images(
+    self: Segmenter,
+    images: Sequence[np.ndarray],  # RGB uint8, height x width x 3, of any sizes
+) -> list[UInt8[np.ndarray, "h w"]]:
+    "The map of each image, one by one: images of different shapes share no frame."
+    own = self.preprocessing
+    turned = [turn_to(self.size, image.shape[:2]) if own.by_orientation else self.size for image in images]
+    batches = (prepare([image], frame, own.divisor, own.resize) for image, frame in zip(images, turned))
+    return [self.segment(batch)[0] for batch in batches]
+
+# %% ../../nbs/65_deploy/30_segmenter.ipynb #04042254
+@patch
+def predict(
+    self: Segmenter,
+    annotations: Annotations,  # The images; what is annotated on them is not looked at
+    batch_size: int = 8,  # At once
+    progress: bool = True,  # Show a bar
+    num_workers: int | None = None,  # Processes that read images; by machine and table when None
+) -> Iterator[tuple[int, UInt8[np.ndarray, "h w"]]]:  # Row in the table and its map, each row once
+    "The maps of a table's images, one after the other."
+    bare = replace(annotations, semantic_files=None, semantic_names=(), masks=None, keypoints=None, skeleton=None)
+    bare = bare.select_boxes(np.zeros(len(bare.labels), bool))
+    workers = choose_workers(bare, self.device, count_cores()) if num_workers is None else num_workers
+    own = self.preprocessing
+    shape = {"size": self.size, "divisor": own.divisor, "resize": own.resize, "by_orientation": own.by_orientation}
+    loader = make_loader(bare, **shape, batch_size=batch_size, num_workers=workers, quiet=True)
+    with tqdm(total=len(bare), desc="segment", unit="image", disable=not progress, leave=False) as bar:
+        for batch in loader if len(bare) else ():
+            yield from zip(batch.image_index.tolist(), self.segment(batch))
+            bar.update(len(batch))
 
 # %% ../../nbs/65_deploy/30_segmenter.ipynb #f4881e21
 def renumbered(

@@ -25,7 +25,8 @@ MODELS = (
     "dinov3_rtdetr_nano dinov3_rtdetr_s dinov3_rtdetr_b dinov3_rtdetr dinov3_detr_nano dinov3_detr_s dinov3_detr_b "
     "dinov3_detr rtdetr_nano_seg rtdetr_r18_seg rtdetr_r50_seg rtdetrv2_r18_seg rtdetrv2_r50_seg yolox_nano yolox_tiny yolox_s yolox_m yolox_l yolox_x "
     "segformer_nano segformer_b0 segformer_b1 segformer_b2 segformer_b3 segformer_b4 segformer_b5 "
-    "upernet_nano upernet_convnext_tiny upernet_convnext_small upernet_convnext_base upernet_swin_tiny upernet_swin_small"
+    "upernet_nano upernet_convnext_tiny upernet_convnext_small upernet_convnext_base upernet_swin_tiny upernet_swin_small "
+    "mask2former_nano mask2former_swin_tiny mask2former_swin_small mask2former_swin_base mask2former_swin_large"
 ).split()  # written out, so that a job is refused before torch is imported
 TASKS = {"detection": "detection", "object_detection": "detection"}
 OTHER_TASKS = (

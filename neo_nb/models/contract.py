@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'EXTRAS', 'Preprocessing', 'Outputs', 'check_task', 'classes_of', 'DetectionModel', 'normalise_images',
-           'as_detections', 'check_unfused', 'freeze_for_inference']
+           'as_detections', 'check_table', 'check_unfused', 'freeze_for_inference']
 
 # %% ../../nbs/40_models/08_contract.ipynb #5925b46f
 import copy
@@ -289,6 +289,17 @@ def postprocess(
     answer = self.detect(outputs, batch.sizes, batch.original_sizes, max_dets)
     answer = tuple(part.detach().cpu().numpy() for part in answer)
     return as_detections(answer, batch, num_images, self.class_names, self.task, self.skeleton)
+
+# %% ../../nbs/40_models/08_contract.ipynb #7095ef3f
+def check_table(
+    model: DetectionModel,
+    table: Annotations,  # What it shall be measured on
+) -> None:
+    "Raise `InputError` where a table has not got what a model gives; the classes of boxes others compare."
+    check_task(model.task, table)
+    if model.task == "semantic" and table.semantic_names != model.class_names:
+        what = f"the maps of {table.name} have the classes {list(table.semantic_names)}"
+        raise InputError(what, None, f"they need those of the model: {list(model.class_names)}")
 
 # %% ../../nbs/40_models/08_contract.ipynb #f04d7dc9
 @patch

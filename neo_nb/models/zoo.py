@@ -23,7 +23,7 @@ from .external import Family
 from .rtdetr import convert as rtdetr
 from .rtdetr import segment
 from .rtmdet import convert as rtmdet
-from .semantic import segformer, upernet
+from .semantic import mask2former, segformer, upernet
 from .yolox import convert as yolox
 
 # %% ../../nbs/40_models/20_zoo.ipynb #a6b54ee0
@@ -35,6 +35,7 @@ FAMILIES: tuple[Family, ...] = (
     yolox.FAMILY,
     segformer.FAMILY,
     upernet.FAMILY,
+    mask2former.FAMILY,
 )
 VARIANTS: dict[str, Any] = {name: config for family in FAMILIES for name, config in family.variants.items()}
 

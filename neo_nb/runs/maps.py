@@ -105,7 +105,7 @@ def segment_files(
         raise
     return about
 
-
+# %% ../../nbs/70_runs/11_maps.ipynb #a4c8ca52
 def record_maps(
     run: str | Path,  # The run's folder
     detector: str | Path,  # What was asked

@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['MAPS', 'DEFAULT', 'PLAIN', 'DEIM', 'CROWDS', 'RECIPES', 'PILOT', 'ModelSettings', 'StartSettings', 'DataSettings',
-           'ScheduleSettings', 'TrainConfig', 'current_names', 'requested', 'recipe_settings', 'make_config']
+           'ScheduleSettings', 'by_task', 'TrainConfig', 'current_names', 'requested', 'recipe_settings', 'make_config']
 
 # %% ../../nbs/60_train/00_config.ipynb #62cf79b6
 from collections.abc import Mapping
@@ -153,6 +153,20 @@ class ScheduleSettings(DataSettings):
 # %% ../../nbs/60_train/00_config.ipynb #6448914c
 MAPS = ("segformer_*", "upernet_*", "mask2former_*")  # Models that give a class to each pixel, and no boxes
 
+
+def by_task(
+    given: Mapping[str, Any],  # Settings by name, as they were asked for
+) -> dict[str, Any]:  # With `monitor`
+    "Maps are measured by mIoU, and boxes are not. Raises `ValueError` for what only boxes have."
+    maps = any(fnmatch(given.get("model") or "", pattern) for pattern in MAPS)
+    monitor = given.get("monitor") or ("mIoU" if maps else "AP")
+    if maps != (monitor == "mIoU"):
+        own = "a model of maps is measured by mIoU" if maps else "mIoU is of models of maps"
+        raise ValueError(f"{own}, monitor is {monitor}")
+    if maps and given.get("pilot"):
+        raise ValueError("a pilot judges boxes: leave it out for a model of maps")
+    return dict(given) | {"monitor": monitor}
+
 # %% ../../nbs/60_train/00_config.ipynb #06337860
 class TrainConfig(ScheduleSettings):
     "The settings of one training: what the classes above say, and what of it is kept."
@@ -197,18 +211,7 @@ class TrainConfig(ScheduleSettings):
         None, description="trackio: a space of Hugging Face that shows them, as OWNER/NAME"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _by_task(cls, given: Any) -> Any:
-        "Maps are measured by mIoU, and boxes are not."
-        maps = any(fnmatch(given.get("model") or "", pattern) for pattern in MAPS)
-        monitor = given.get("monitor") or ("mIoU" if maps else "AP")
-        if maps != (monitor == "mIoU"):
-            own = "a model of maps is measured by mIoU" if maps else "mIoU is of models of maps"
-            raise ValueError(f"{own}, monitor is {monitor}")
-        if maps and given.get("pilot"):
-            raise ValueError("a pilot judges boxes: leave it out for a model of maps")
-        return given | {"monitor": monitor}
+    _by_task = model_validator(mode="before")(by_task)
 
 # %% ../../nbs/60_train/00_config.ipynb #a522bae2
 _NANO: dict[str, Any] = {
@@ -243,6 +246,7 @@ _DENSE: dict[str, Any] = {
 _DENSE_SMALL: dict[str, Any] = _NANO | {"lr": 1e-3, "backbone_lr": 1e-3, "batch_size": 4, "mosaic": 0.0, "mixup": 0.0}
 _DENSE_SMALL |= {"no_aug_epochs": 3, "max_grad_norm": 10.0, "final_lr_fraction": 0.02}
 
+# %% ../../nbs/60_train/00_config.ipynb #bb058fab
 # SegFormer's own (arXiv 2105.15203, section 4.1): AdamW, 6e-5 for the backbone and ten times that for the head, weight
 # decay .01, 16 images; a cosine where theirs is a line. UperNet and Mask2Former begin with the same.
 _MAPS: dict[str, Any] = {

@@ -54,12 +54,10 @@ def _answers(
 ) -> Iterator[tuple[Batch, Any, np.ndarray]]:  # A batch, what the network says of it, and its rows in the table
     "What the averaged weights say of this process's share of a table, batch by batch."
     rows = np.arange(self.accelerator.process_index, len(table), self.accelerator.num_processes)
-    model = self.ema.model
-    contract = model.preprocessing
+    model, contract = self.ema.model, self.ema.model.preprocessing
     shape = {"size": model.size, "divisor": contract.divisor, "resize": contract.resize}
-    shape |= {"by_orientation": contract.by_orientation}
-    settings = {"batch_size": self.config.batch_size, "num_workers": self.config.num_workers}
-    for batch in make_loader(table.select(rows), **shape, **settings, quiet=True):
+    shape |= {"by_orientation": contract.by_orientation, "num_workers": self.config.num_workers}
+    for batch in make_loader(table.select(rows), **shape, batch_size=self.config.batch_size, quiet=True):
         batch = batch.to(self.accelerator.device)
         with self.accelerator.autocast():
             outputs = model(batch.images, batch.sizes)

@@ -73,7 +73,7 @@ class SegFormer(SemanticModel):
         name = "network.decode_head.classifier.weight"
         return len(tensors[name]) if name in tensors else -1
 
-
+# %% ../../../nbs/40_models/11_semantic/01_segformer.ipynb #fdadd73b
 @patch
 def _stages(self: SegFormer, images: Tensor, sizes: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     "The maps of the four stages, and the frame."
@@ -128,7 +128,7 @@ def infer_config(config: dict) -> SegFormerConfig:
     found = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
     return SegFormerConfig(**{key: tuple(x) if isinstance(x, list) else x for key, x in found.items()})
 
-
+# %% ../../../nbs/40_models/11_semantic/01_segformer.ipynb #d5b62f97
 def convert(
     tensors: dict[str, Tensor],  # Of a folder that transformers saved
     config: dict,

@@ -92,7 +92,7 @@ class UperNet(SemanticModel):
         name = "network.decode_head.classifier.weight"
         return len(tensors[name]) if name in tensors else -1
 
-
+# %% ../../../nbs/40_models/11_semantic/02_upernet.ipynb #d7016913
 @patch
 def _maps(self: UperNet, images: Tensor, sizes: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     "The backbone's four maps, and the frame."
@@ -129,7 +129,7 @@ def features(
     maps, padded = self._maps(images, sizes)
     return list(maps), padded
 
-
+# %% ../../../nbs/40_models/11_semantic/02_upernet.ipynb #0621420b
 @patch
 def loss(
     self: UperNet,
@@ -176,7 +176,7 @@ def infer_config(config: dict) -> UperNetConfig:
     head |= {"auxiliary_share": config.get("auxiliary_loss_weight", 0.4)}
     return UperNetConfig(kind, **sizes, **head, drop_path=body.get("drop_path_rate", 0.0))
 
-
+# %% ../../../nbs/40_models/11_semantic/02_upernet.ipynb #1b4976a4
 def convert(
     tensors: dict[str, Tensor],  # Of a folder that transformers saved
     config: dict,
