@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from .export import FORMATS
 from .settings import _METRICS, MODELS
-from ..train.config import TrainConfig
+from ..train.config import TrainConfig, gives_maps
 
 # %% ../../nbs/72_jobs/23_capabilities.ipynb #854f8eef
 _THEIRS = {"batch_size": "batch", "lr": "learning_rate", "size": "imgsz", "num_workers": "workers"}
@@ -45,7 +45,10 @@ def capabilities(
         }
         known["description"] = f"{row['boxes per image']} boxes per image; {row['input']}; weights: {row['weights']}"
         known["parameters"] = {"params_m": row["parameters, M"], "flops_g": row["GFLOPs"]}
-        known |= {"supported": row["model"] in MODELS, "validated": bool(row["COCO AP"] or row["bccd AP"])}
+        known |= {
+            "supported": row["model"] in MODELS and not gives_maps(row["model"]),
+            "validated": bool(row["COCO AP"] or row["bccd AP"]),
+        }
         models.append(known)
     return {
         "framework": "neo_nb",

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..base.core import InputError
 from .environment import Order
-from ..train.config import TrainConfig, make_config, recipe_settings
+from ..train.config import TrainConfig, gives_maps, make_config, recipe_settings
 
 # %% ../../nbs/72_jobs/16_settings.ipynb #84d8c43d
 MODELS = (
@@ -58,6 +58,8 @@ def model_of(
     if name not in MODELS:
         there = ", ".join(name.replace("_", "-") for name in MODELS)
         raise InputError("this trainer does not have it", f"MODEL_NAME {order.model_name}", f"it has {there}")
+    if gives_maps(name):
+        raise InputError("it gives maps, and jobs are of boxes", f"MODEL_NAME {order.model_name}", "choose a detector")
     return name
 
 # %% ../../nbs/72_jobs/16_settings.ipynb #4a3d1cdd

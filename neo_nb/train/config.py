@@ -6,7 +6,8 @@
 
 # %% auto #0
 __all__ = ['MAPS', 'DEFAULT', 'PLAIN', 'DEIM', 'CROWDS', 'RECIPES', 'PILOT', 'ModelSettings', 'StartSettings', 'DataSettings',
-           'ScheduleSettings', 'by_task', 'TrainConfig', 'current_names', 'requested', 'recipe_settings', 'make_config']
+           'ScheduleSettings', 'gives_maps', 'by_task', 'TrainConfig', 'current_names', 'requested', 'recipe_settings',
+           'make_config']
 
 # %% ../../nbs/60_train/00_config.ipynb #62cf79b6
 from collections.abc import Mapping
@@ -154,11 +155,18 @@ class ScheduleSettings(DataSettings):
 MAPS = ("segformer_*", "upernet_*", "mask2former_*")  # Models that give a class to each pixel, and no boxes
 
 
+def gives_maps(
+    model: str | None,  # A name from list_models()
+) -> bool:
+    "Whether it gives a class to each pixel, said without torch."
+    return any(fnmatch(model or "", pattern) for pattern in MAPS)
+
+
 def by_task(
     given: Mapping[str, Any],  # Settings by name, as they were asked for
 ) -> dict[str, Any]:  # With `monitor`
     "Maps are measured by mIoU, and boxes are not. Raises `ValueError` for what only boxes have."
-    maps = any(fnmatch(given.get("model") or "", pattern) for pattern in MAPS)
+    maps = gives_maps(given.get("model"))
     monitor = given.get("monitor") or ("mIoU" if maps else "AP")
     if maps != (monitor == "mIoU"):
         own = "a model of maps is measured by mIoU" if maps else "mIoU is of models of maps"
