@@ -8,6 +8,7 @@
 __all__ = ['PUBLISHED_AP', 'OWN_AP', 'OWN_MS', 'count_flops', 'describe_input', 'describe_model', 'model_table']
 
 # %% ../../nbs/40_models/21_catalog.ipynb #5ed7f812
+from contextlib import nullcontext
 from typing import Any
 
 import pandas as pd
@@ -75,11 +76,11 @@ def describe_model(
     family = family_of(name)
     from transformers.initialization import no_init_weights
 
-    with (
-        no_init_weights(),
-        FakeTensorMode(allow_non_fake_inputs=True),
-    ):  # shapes alone: nothing is allocated or computed
+    shapes = FakeTensorMode(allow_non_fake_inputs=True)  # shapes alone: nothing is allocated or computed
+    # some networks of maps read numbers while they are made: they are made of memory, and not filled
+    with no_init_weights(), nullcontext() if family.model.task == "semantic" else shapes:
         model = create_model(name, num_classes)
+    with shapes:
         flops = count_flops(model, pad_to(size, model.preprocessing.divisor))
     backbone = getattr(model.config, "backbone", "")
     package = PACKAGES.get(backbone.removeprefix("timm/"))

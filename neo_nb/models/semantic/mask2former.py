@@ -87,9 +87,6 @@ class Mask2Former(SemanticModel):
     def __init__(self, num_classes: int, config: Mask2FormerConfig = Mask2FormerConfig()):
         from transformers import Mask2FormerForUniversalSegmentation
 
-        if config.num_queries < num_classes:
-            what = f"{config.num_queries} queries cannot find {num_classes} classes"
-            raise InputError(what, None, f"set num_queries to {num_classes} or more")
         super().__init__(num_classes, config, Preprocessing(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         self.network: nn.Module = Mask2FormerForUniversalSegmentation(reference_config(config, num_classes))
 
@@ -155,9 +152,9 @@ def loss_counts(
 ) -> dict[str, float]:
     "Masks, and the weights of all queries in the cross entropy together."
     known = [target.classes for target in targets if target.classes is not None]
-    masks = sum(int((classes.unique() != IGNORE).sum()) for classes in known)
-    queries = self.config.num_queries * len(targets)
-    return {"masks": float(masks), "weights": masks + NO_OBJECT * (queries - masks)}
+    queries = self.config.num_queries
+    masks = sum(min(int((classes.unique() != IGNORE).sum()), queries) for classes in known)
+    return {"masks": float(masks), "weights": masks + NO_OBJECT * (queries * len(targets) - masks)}
 
 # %% ../../../nbs/40_models/11_semantic/03_mask2former.ipynb #0d46e9e7
 @patch
