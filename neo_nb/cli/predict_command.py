@@ -44,6 +44,10 @@ def predict(
     _check_threshold(threshold)
     check_tile(tile, overlap)
     check_device(device)
+    if _gives_maps(path):
+        asked = {"threshold": threshold is not None, "classes": classes, "tile": tile, "format": format != "json"}
+        _check_for_maps(path, [name for name, given in (asked | {"video": film}).items() if given])
+        return _predict_maps(path, files, device, precision)
     if film:
         options = {"threshold": threshold, "classes": classes, "track": track, "image_seconds": image_seconds}
         return _predict_video(path, film, options | {"seconds": seconds}, video, tile, overlap, device, precision)
@@ -56,6 +60,37 @@ def predict(
     counts = ", ".join(f"{n} {name}" for name, n in found["counts"].items())
     text = f"{len(files)} images, {sum(found['counts'].values())} boxes above {found['threshold']:.2f}: {counts or 'none'}"
     return Result(f"{text}\nimages/, predictions.json{f', {WRITTEN[format]}' * (format != 'json')}", found, run)
+
+# %% ../../nbs/90_cli/11_predict_command.ipynb #9ec08a32
+def _gives_maps(path: Path) -> bool:
+    "Whether it gives a class to each pixel, said without opening what cannot."
+    from neo_nb.deploy.segmenter import is_semantic
+
+    return is_semantic(path)
+
+
+def _check_for_maps(path: Path, asked: list[str]) -> None:
+    "Raise `InputError` for what was asked of boxes."
+    if asked:
+        what = f"this model gives a map for each image and no boxes: there is no {asked[0]}"
+        raise InputError(what, path, "give images and a folder of them, without options for boxes")
+
+
+def _predict_maps(path: Path, files: list[Path], device: str, precision: Precision) -> Result:
+    "Maps of images as a run."
+    from neo_nb.runs.index import write_index
+    from neo_nb.runs.maps import record_maps, segment_files
+    from neo_nb.runs.run import record
+
+    run = run_about("predict", path, files[0].parent.name)
+    begun = datetime.now().astimezone()
+    found = segment_files(path, files, run, device, precision)
+    record_maps(run, path, found)
+    spent = round((datetime.now().astimezone() - begun).total_seconds(), 1)
+    record(run, started=begun.isoformat(timespec="seconds"), seconds=spent)
+    write_index(run.parent)
+    names = ", ".join(found["class_names"])
+    return Result(f"{len(files)} images, a map each: {names}\nmaps/, images/, maps.json", found, run)
 
 # %% ../../nbs/90_cli/11_predict_command.ipynb #1ba058d0
 def _film(images: tuple[str, ...], track: bool) -> str:

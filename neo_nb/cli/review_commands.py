@@ -18,6 +18,18 @@ from ..base.devices import Precision, check_device
 from ..base.extras import require
 from .commands import Result, check_port, has_display, relative, run_notebook, ssh_line
 
+# %% ../../nbs/90_cli/04_review_commands.ipynb #44df3d1a
+def _check_detections(folder: Path, name: str) -> None:
+    "Raise `InputError` for a run whose boxes cannot be looked at."
+    if (folder / "detections.npz").is_file():
+        return
+    metrics = folder / "metrics.json"
+    if metrics.is_file() and "mIoU" in json.loads(metrics.read_text(encoding="utf-8")):
+        raise InputError(
+            "this run has a map for each image and no boxes", folder, "this is done with boxes: take a detector's"
+        )
+    raise InputError("this run has no detections", folder, f"neo evaluate {name}, and take the run that it makes")
+
 # %% ../../nbs/90_cli/04_review_commands.ipynb #47a5baa0
 def errors(
     run: str,  # A run that was trained or evaluated: number, name, path, last or best
@@ -47,8 +59,7 @@ def errors(
         if fo.dataset_exists(of.name):
             return serve_app(of.name, port)
         raise InputError("FiftyOne has no data set of this run", of.name, f"first make it: neo errors {run}")
-    if not (of / "detections.npz").is_file():
-        raise InputError("this run has no detections", of, f"neo evaluate {run}, and take the run that it makes")
+    _check_detections(of, run)
     known = read_record(of)
     new = new_run(
         data=Path(known.get("data", {}).get("name", "own")).stem, model=of.name.partition("-")[0], kind="errors"
@@ -125,8 +136,7 @@ def compare(
 
     runs = [open_run(name, need="detections").absolute() for name in (first, second)]
     for folder in runs:
-        if not (folder / "detections.npz").is_file():
-            raise InputError("this run has no detections", folder, "neo evaluate RUN, and take the run that it makes")
+        _check_detections(folder, "RUN")
     numbers = [folder.name.partition("-")[0] for folder in runs]
     run = new_run(data=numbers[0], model=numbers[1], kind="compare")
     run_notebook("compare_runs", run, {"first": runs[0], "second": runs[1], "draws": draws})

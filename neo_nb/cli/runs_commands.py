@@ -12,11 +12,11 @@ from fnmatch import fnmatch
 from typing import Any, Literal
 
 from ..base.core import InputError, suggest
-from ..base.run_folders import list_runs
+from ..base.run_folders import SCORES, list_runs
 from .commands import Result
 
 # %% ../../nbs/90_cli/07_runs_commands.ipynb #12b0c843
-COLUMNS = ("number", "kind", "data", "model", "AP", "AP50", "F1", "when", "minutes", "status")
+COLUMNS = ("number", "kind", "data", "model", *SCORES, "when", "minutes", "status")
 
 
 def _fits(row: dict[str, Any], key: str, wanted: str) -> bool:
@@ -37,7 +37,7 @@ def _keep(rows: list[dict[str, Any]], key: str, wanted: str | None) -> list[dict
 def _cells(row: dict[str, Any]) -> list[str]:
     "A row as text; `-` where nobody knows."
     shown = row | {"when": (row["started"] or "")[:16].replace("T", " ")}
-    texts = {key: f"{shown[key]:.3f}" for key in ("AP", "AP50", "F1") if shown[key] is not None}
+    texts = {key: f"{shown[key]:.3f}" for key in SCORES if shown[key] is not None}
     return [texts.get(key, str(shown[key] or "-")) for key in COLUMNS]
 
 # %% ../../nbs/90_cli/07_runs_commands.ipynb #f208e009
@@ -46,7 +46,7 @@ def runs(
     model: str | None = None,  # Model, such as rtdetr_nano or "rtdetr*"
     kind: str | None = None,  # What was done: train, evaluate, export, predict, …
     status: str | None = None,  # How it ended: done, stopped, failed, killed; or running
-    sort: Literal["number", "AP", "AP50", "F1", "minutes"] = "number",  # Largest first
+    sort: Literal["number", "AP", "AP50", "F1", "mIoU", "minutes"] = "number",  # Largest first
     limit: int = 30,  # Rows at most; 0: all
 ) -> Result:
     "All runs: what, on which data, how good, when."

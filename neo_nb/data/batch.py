@@ -22,6 +22,7 @@ from ..base.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from ..base.core import InputError
 from ..base.draw import THICK, draw_boxes, fit_height
 from ..base.masks import Masks
+from ..base.semantic_maps import paint_map
 
 # %% ../../nbs/20_data/11_batch.ipynb #bffe7df4
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Targets:
     ignore: Float[Tensor, "k 4"]  # cxcywh, 0..1: regions that count neither as object nor as background
     keypoints: Float[Tensor, "n p 3"] | None = None  # x, y as fractions of the frame; visibility 0, 1, 2
     masks: Masks | None = None  # Of the n objects: polygons in pixels of the frame, rasterised by `raster_masks`
+    classes: UInt8[Tensor, "h w"] | None = None  # The class of each pixel of the frame; 255 does not count
 
     @classmethod
     def empty(cls) -> "Targets":
@@ -66,7 +68,6 @@ class Batch:
     original_sizes: Int64[Tensor, "b 2"]  # (height, width) of the image file
     image_index: Int64[Tensor, "b"]  # Row in the Annotations; -1 for an image that is in no table
     targets: tuple[Targets, ...] = ()  # One per image; empty when nothing is known
-    classes: UInt8[Tensor, "b h w"] | None = None  # The class of each pixel; 255 does not count
 
     def __post_init__(self):
         if self.sizes.device.type == "cpu":  # elsewhere it was checked before, and reading it would wait
@@ -155,12 +156,14 @@ def raster_masks(
 # %% ../../nbs/20_data/11_batch.ipynb #616f5d1c
 def draw_batch(
     batch: Batch,
-    class_names: Sequence[str],
+    class_names: Sequence[str] | None,  # Of the boxes; None: the classes of the pixels are drawn
     count: int = 16,  # Images at most
 ) -> list[tuple[int, np.ndarray]]:  # Row in the table and RGB image of each
-    "The images of a batch with their objects."
+    "The images of a batch with their objects, or under the colours of their maps."
     images = batch.images[:count].permute(0, 2, 3, 1).cpu().numpy()
     rows = batch.image_index[:count].tolist()
+    if class_names is None:
+        return [(row, paint_map(i, t.classes.cpu().numpy())) for row, i, t in zip(rows, images, batch.targets)]
     drawn = []
     for row, image, target in zip(rows, images, batch.targets):
         image, _ = fit_height(image)

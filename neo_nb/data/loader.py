@@ -258,13 +258,12 @@ def to_batch(
         for boxes, labels, crowd, more in zip(*parts, _targets_more(packed))
     )
     originals = original_sizes[packed["rows"]].astype(np.int64)
-    classes = torch.from_numpy(packed["classes"]) if "classes" in packed else None
     about = map(torch.from_numpy, (packed["sizes"], originals, packed["rows"]))
-    return Batch(packed["images"], *about, targets, classes)
+    return Batch(packed["images"], *about, targets)
 
 # %% ../../nbs/20_data/18_loader.ipynb #91c706f6
 def _targets_more(packed: dict) -> list[dict[str, Any]]:
-    "Keypoints and masks of the objects of each image."
+    "Keypoints and masks of the objects of each image, and its map of classes."
     ends = np.cumsum(packed["counts"])
     more: list[dict[str, Any]] = [{} for _ in ends]
     masks = take_masks(dict(packed)) if "mask_points" in packed else None
@@ -274,6 +273,9 @@ def _targets_more(packed: dict) -> list[dict[str, Any]]:
             own["keypoints"] = torch.from_numpy(packed["keypoints"][objects])
         if masks is not None:
             own["masks"] = masks[objects]
+    if "classes" in packed:
+        for own, classes in zip(more, torch.from_numpy(packed["classes"])):
+            own["classes"] = classes
     return more
 
 # %% ../../nbs/20_data/18_loader.ipynb #1cf735c8

@@ -378,4 +378,7 @@ def load_detector(
         return detector
     load = from_pretrained if kind == "hub" else load_model
     model, record = load(file, device=resolve_device(device))
+    if model.task == "semantic":
+        what = f"{model.model_name} gives a class to each pixel, and this is done with boxes"
+        raise InputError(what, file, "neo evaluate and neo predict take it; for the rest choose a detector")
     return TorchDetector(model.to(memory_format=torch.channels_last), size, record, precision)

@@ -98,6 +98,7 @@ def plot_costs(
 def plot_confusion(
     matrix: Sequence[Sequence[int]] | np.ndarray,  # k + 1 k + 1, from `confusion_matrix`
     class_names: Sequence[str],
+    others: tuple[str, str | None] = ("missed", "nothing there"),  # The last column, the last row; None: no such row
 ):  # -> matplotlib Figure
     "The confusion matrix, shares of each row as shades."
     matrix = np.asarray(matrix)
@@ -106,9 +107,10 @@ def plot_confusion(
     figure, (panel,) = _axes(side + 1.2, side)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     share[k] = 0
-    panel.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    panel.set_xticks(range(k + 1), [*class_names, "missed"], rotation=90 if k > 6 else 0, fontsize=8)
-    panel.set_yticks(range(k + 1), [*class_names, "nothing there"], fontsize=8)
+    named = [*class_names, others[1]][: k + (others[1] is not None)]
+    panel.imshow(share[: len(named)], cmap="Blues", vmin=0, vmax=1)
+    panel.set_xticks(range(k + 1), [*class_names, others[0]], rotation=90 if k > 6 else 0, fontsize=8)
+    panel.set_yticks(range(len(named)), named, fontsize=8)
     panel.set(xlabel="said", ylabel="true")
     for row, column in np.argwhere(matrix > 0) if k <= 20 else ():
         ink = "white" if share[row, column] > 0.55 else "#1c2430"

@@ -8,6 +8,7 @@
 __all__ = ['PUBLISHED_AP', 'OWN_AP', 'OWN_MS', 'copy_shape', 'count_flops', 'describe_input', 'describe_model', 'model_table']
 
 # %% ../../nbs/40_models/21_catalog.ipynb #5ed7f812
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -102,13 +103,13 @@ def describe_model(
     family = family_of(name)
     from transformers.initialization import no_init_weights
 
-    with (
-        no_init_weights(),
-        mock.patch.object(FakeTensor, "__deepcopy__", copy_shape, create=True),
-        FakeTensorMode(allow_non_fake_inputs=True),
-    ):  # shapes alone: nothing is allocated or computed
-        skeleton = COCO_PERSON if task_of(name) == "pose" else None
+    skeleton = COCO_PERSON if task_of(name) == "pose" else None
+    shapes = FakeTensorMode(allow_non_fake_inputs=True)  # shapes alone: nothing is allocated or computed
+    # some networks of maps read numbers while they are made: they are made of memory, and not filled
+    made = nullcontext() if family.model.task == "semantic" else shapes
+    with no_init_weights(), mock.patch.object(FakeTensor, "__deepcopy__", copy_shape, create=True), made:
         model = create_model(name, num_classes, skeleton=skeleton).requires_grad_(False)
+    with shapes:
         flops = count_flops(model, pad_to(size, model.preprocessing.divisor))
     backbone = getattr(model.config, "backbone", "")
     package = PACKAGES.get(backbone.removeprefix("timm/"))

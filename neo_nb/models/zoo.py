@@ -24,6 +24,7 @@ from .rtdetr import convert as rtdetr
 from .rtdetr import pose, segment
 from .rtmdet import convert as rtmdet
 from .rtmdet import segment as rtmdet_ins
+from .semantic import mask2former, segformer, upernet
 from .torchvision import convert as torchvision
 from .transformers import conditional, deformable, dfine_convert, rfdetr_convert
 from .yolox import convert as yolox
@@ -33,6 +34,9 @@ FAMILIES: tuple[Family, ...] = (
     rtdetr.FAMILY,
     segment.FAMILY,
     pose.FAMILY,
+    segformer.FAMILY,
+    upernet.FAMILY,
+    mask2former.FAMILY,
     detr.FAMILY,
     *torchvision.FAMILIES,
     conditional.FAMILY,

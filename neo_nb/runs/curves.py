@@ -18,7 +18,8 @@ from ..base.page import number_text
 
 # %% ../../nbs/70_runs/03_curves.ipynb #d73016f0
 MAIN = (
-    "AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "F1", "threshold", "precision", "recall", "box_AP"
+    "AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "F1", "threshold", "precision", "recall", "box_AP",
+    "mIoU", "mean_accuracy", "pixel_accuracy", "weighted_IoU",
 )  # fmt: skip
 
 
@@ -29,17 +30,18 @@ def results_text(
     names = [name for name in MAIN if name in metrics]
     if not names:
         return ""
+    wide = [max(9, len(name)) for name in names]
     lines = [
-        "  ".join(f"{name:>9}" for name in names),
-        "  ".join(f"{number_text(metrics[name]):>9}" for name in names),
+        "  ".join(f"{name:>{w}}" for name, w in zip(names, wide)),
+        "  ".join(f"{number_text(metrics[name]):>{w}}" for name, w in zip(names, wide)),
     ]
     rows = metrics.get("per_class", {})
     if len(rows) > 1:
-        columns = ("AP", "AP50", "AR", "F1", "boxes")
+        columns = ("IoU", "accuracy", "pixels") if "mIoU" in metrics else ("AP", "AP50", "AR", "F1", "boxes")
         width = max(5, *(len(name) for name in rows))
-        lines += ["", "  ".join([f"{'class':{width}}"] + [f"{name:>7}" for name in columns])]
+        lines += ["", "  ".join([f"{'class':{width}}"] + [f"{name:>9}" for name in columns])]
         for name, row in list(rows.items())[:30]:
-            lines.append("  ".join([f"{name:{width}}"] + [f"{number_text(row.get(key)):>7}" for key in columns]))
+            lines.append("  ".join([f"{name:{width}}"] + [f"{number_text(row.get(key)):>9}" for key in columns]))
         lines += [f"… and {len(rows) - 30} more classes"] * (len(rows) > 30)
     lines += ["", f"export {metrics['proof_told']}"] if "proof_told" in metrics else []
     return "\n".join(lines)
@@ -70,8 +72,9 @@ def plot_curves(
     import matplotlib.pyplot as plt
 
     parts = [name for name in (rows[-1] if rows else ()) if name.startswith("loss_")]  # each family has its own terms
+    maps = bool(rows) and "mIoU" in rows[-1]
     above = [
-        ("score, validation", ("AP50", "F1", "AP", "AP75")),
+        ("score, validation", ("mIoU", "mean_accuracy", "pixel_accuracy") if maps else ("AP50", "F1", "AP", "AP75")),
         ("loss, training", ("loss",)),
         ("learning rate", ("lr",)),
     ]

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from ..base.core import InputError, settings
 from ..base.page import Section, numbers, table, write_page
+from ..base.run_folders import SCORES
 from .run import read_record
 
 # %% ../../nbs/70_runs/09_index.ipynb #afb60a69
@@ -43,11 +44,11 @@ def _is_held(run: Path) -> bool:
 # %% ../../nbs/70_runs/09_index.ipynb #b0d5c8df
 def read_row(
     run: Path,  # Its folder
-) -> dict[str, Any]:  # number, kind, data, model, AP, AP50, F1 (-1: not measured), when, minutes, status, error, name
+) -> dict[str, Any]:  # number, kind, data, model, `SCORES` (-1: not measured), when, minutes, status, error, name
     "What a run's folder says of it."
     number, kind, *rest = run.name.split("-")
     row = {"number": int(number), "kind": kind, "data": "-".join(rest[:-1]), "model": rest[-1] if rest else ""}
-    row |= {"AP": -1.0, "AP50": -1.0, "F1": -1.0, "when": "", "minutes": -1.0, "error": "", "name": run.name}
+    row |= dict.fromkeys(SCORES, -1.0) | {"when": "", "minutes": -1.0, "error": "", "name": run.name}
     try:
         known = read_record(run)
     except (InputError, OSError, AttributeError) as error:  # no JSON, not readable, or JSON of another kind
@@ -55,7 +56,7 @@ def read_row(
     metrics = _metrics(run)
     data, config = known.get("data") or {}, known.get("config") or {}
     row |= {"data": data.get("name") or row["data"], "model": config.get("model") or row["model"]}
-    row |= {name: metrics[name] for name in ("AP", "AP50", "F1") if isinstance(metrics.get(name), (int, float))}
+    row |= {name: metrics[name] for name in SCORES if isinstance(metrics.get(name), (int, float))}
     status = known.get("status") or "no record"
     status = "broken off" if status == "running" and not _is_held(run) else status
     seconds = known.get("seconds")
@@ -77,7 +78,7 @@ def read_rows(
     ]
 
 # %% ../../nbs/70_runs/09_index.ipynb #7fbffd94
-COLUMNS = ("run", "kind", "data", "model", "AP", "AP50", "F1", "when", "minutes", "status")
+COLUMNS = ("run", "kind", "data", "model", *SCORES, "when", "minutes", "status")
 
 
 def _short(data: Any) -> str:
@@ -93,7 +94,7 @@ def _cells(row: dict[str, Any], reports: Path) -> list[Any]:
         number = Markup('<a href="{}/{}" title="{}">{:04d}</a>').format(row["name"], page, row["name"], row["number"])
     mark = {"done": "good", "running": ""}.get(row["status"], "bad")
     status = Markup('<span class="{}" title="{}">{}</span>').format(mark, row["error"][:300], row["status"])
-    scores = [float(row[name]) for name in ("AP", "AP50", "F1")]
+    scores = [float(row[name]) for name in SCORES]
     told = f"{row['minutes']:.1f}" if row["minutes"] >= 0 else "-"
     return [number, row["kind"], _short(row["data"]), row["model"], *scores, row["when"], told, status]
 

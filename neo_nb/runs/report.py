@@ -24,6 +24,7 @@ from neo_nb.base.page import (
     svg_markup,
     write_page,
 )
+from ..base.semantic_maps import class_colours
 from .curves import plot_curves, read_results, save_figure
 from .run import read_record
 from .sections import command_sections, read_json
@@ -38,14 +39,19 @@ HEADLINE = {  # The numbers that decide, large
     "precision": "precision there",
     "recall": "recall there",
     "AR100": "AR, 100 detections",
+    "mIoU": "mean IoU of the classes",
+    "mean_accuracy": "mean accuracy of the classes",
+    "pixel_accuracy": "pixels that are right",
 }
 FIRST_CLASSES = 15  # The others are folded away
-CLASS_NUMBERS = ("boxes", "AP", "AP50", "AR", "F1", "threshold", "precision", "recall")
+CLASS_NUMBERS = ("boxes", "AP", "AP50", "AR", "F1", "threshold", "precision", "recall", "pixels", "IoU", "accuracy")
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     "What was measured: over all, and class by class, the most frequent first."
-    classes = sorted(metrics.get("per_class", {}).items(), key=lambda item: -(item[1].get("boxes") or 0))
+    classes = sorted(
+        metrics.get("per_class", {}).items(), key=lambda item: -(item[1].get("boxes") or item[1].get("pixels") or 0)
+    )
     small = (n for n, v in metrics.items() if isinstance(v, float) and n not in (*HEADLINE, "iou_threshold"))
     return {
         "metrics": metrics,
@@ -55,6 +61,8 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "numbers_told": {name: number_text(value) for name, value in some.items()},
         "classes": classes,
         "first_classes": FIRST_CLASSES,
+        "main_number": "IoU" if "mIoU" in metrics else "AP",
+        "legend": _legend(metrics),
         "class_numbers": [name for name in CLASS_NUMBERS if any(name in row for _, row in classes)],
     }
 
@@ -71,10 +79,19 @@ def _crowds(run: Path) -> dict[str, Any]:
     }
 
 
+def _legend(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:  # Empty where boxes are drawn
+    "The classes of maps and their colours, as a page writes them."
+    names = list(metrics.get("per_class", {})) if "mIoU" in metrics else []
+    return [(name, "#" + bytes(ink).hex()) for name, ink in zip(names, class_colours(len(names)).tolist())]
+
+
 def _evaluated(metrics: Mapping[str, Any]) -> str:
     "What was evaluated."
     if "images" not in metrics:
         return ""
+    if "mIoU" in metrics:
+        pixels = sum(row["pixels"] for row in metrics["per_class"].values())
+        return f"{metrics.get('data', '')}: {metrics['images']:,} images, {pixels:,} pixels that count"
     counts = f"{metrics['images']:,} images, {metrics['boxes']:,} boxes"
     return (
         f"{metrics.get('data', '')}: {counts}, at most {metrics.get('max_dets', '?')} detections per image and class"
@@ -108,7 +125,7 @@ GALLERIES = {  # Folder → title, what the captions say, images at most
         "first run left, second right; errors of the second minus those of the first",
         GALLERY,
     ),
-    "predicted": ("Images", "file and boxes; click to enlarge", 48),
+    "predicted": ("Images", "file and what was found; click to enlarge", 48),
     "false_positives": (
         "Surest false positives",
         "image, kind of error, class predicted, score; the case in white",
@@ -198,6 +215,7 @@ FILES = {
     "trained.onnx": "the same integers for ONNX Runtime",
     "model.unproven.onnx": "a file of which nobody knows that it finds what the model finds",
     "predictions.json": "every box of every image",
+    "maps.json": "the share of each class in each image; the maps are in maps/",
     "detections.jsonl": "every box of every frame, a line per frame",
     "video.mp4": "the video with boxes",
     "video.part.mp4": "the part of a video that was written before it was stopped; it can be watched",

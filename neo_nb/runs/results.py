@@ -41,6 +41,7 @@ def metrics_tables(metrics: Mapping[str, Any]) -> list[Any]:  # pandas DataFrame
     "The numbers of the whole and of each class, for display."
     main = pd.DataFrame([{name: number_text(metrics[name]) for name in MAIN if name in metrics}], index=["all"])
     columns = ("boxes", "AP", "AP50", "AR", "F1", "precision", "recall")
+    columns = ("pixels", "IoU", "accuracy") if "mIoU" in metrics else columns
     rows = {c: {n: number_text(row.get(n)) for n in columns} for c, row in metrics.get("per_class", {}).items()}
     return [main, pd.DataFrame(rows).T] if rows else [main]
 
@@ -150,9 +151,13 @@ def open_evaluation(
 ) -> tuple[Detections, Annotations, dict[str, Any]]:  # What it said, of what, and `metrics.json`
     "Detections of a run that was evaluated, beside their data. Raises `InputError` when one of them is not there."
     run, known = Path(run), read_record(run).get("data", {})
-    if not (run / "detections.npz").is_file() or not (run / "metrics.json").is_file():
+    metrics = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").is_file() else {}
+    if "mIoU" in metrics:
+        raise InputError(
+            "this run has a map for each image and no boxes", run, "this is done with boxes: take a detector's"
+        )
+    if not (run / "detections.npz").is_file() or not metrics:
         raise InputError("this run has no detections", run, "neo evaluate RUN makes a run that has")
-    metrics = json.loads((run / "metrics.json").read_text())
     split = metrics["data"].rpartition("/")[2]
     name = known.get("name") or metrics["data"].rpartition("/")[0]
     annotations = load_dataset(name, split, extras="iou_type" in metrics)

@@ -6,8 +6,8 @@ Each of these commands leaves a JSON in its folder; the page of the run begins w
 
 # %% auto #0
 __all__ = ['SECTIONS', 'read_json', 'export_section', 'comparison_section', 'errors_section', 'mining_section',
-           'predictions_section', 'engine_section', 'video_section', 'stages_section', 'int8_section', 'label_section',
-           'runtimes_section', 'command_sections']
+           'predictions_section', 'maps_section', 'engine_section', 'video_section', 'stages_section', 'int8_section',
+           'label_section', 'runtimes_section', 'command_sections']
 
 # %% ../../nbs/70_runs/05_sections.ipynb #90838d27
 import json
@@ -121,6 +121,22 @@ def predictions_section(run: Path, found: dict[str, Any]) -> Section:
         "Predictions",
         Markup("").join(body),
         f"{found['detector']}; images with boxes in images/, the boxes in predictions.json",
+    )
+
+# %% ../../nbs/70_runs/05_sections.ipynb #c88e06f1
+def maps_section(run: Path, found: dict[str, Any]) -> Section:
+    "How much of the images each class covers."
+    pixels = np.array([np.prod(image["size"]) for image in found["images"]], float)
+    rows = []
+    for name in found["class_names"]:
+        shares = np.array([image["shares"].get(name, 0.0) for image in found["images"]])
+        rows.append([name, int((shares > 0).sum()), f"{shares @ pixels / pixels.sum():.1%}", f"{shares.max():.1%}"])
+    body = [
+        numbers({"images": len(rows and found["images"])}),
+        table(("class", "images with it", "of all pixels", "most in an image"), rows),
+    ]
+    return Section(
+        "Maps", Markup("").join(body), f"{found['detector']}; class numbers as PNGs in maps/, painted in images/"
     )
 
 # %% ../../nbs/70_runs/05_sections.ipynb #2d4fd04a
@@ -255,6 +271,7 @@ SECTIONS = {  # What a command leaves → its section; in the order of the page
     "errors.json": errors_section,
     "mine.json": mining_section,
     "predictions.json": predictions_section,
+    "maps.json": maps_section,
     "label.json": label_section,
     "engine.json": engine_section,
     "int8.json": int8_section,

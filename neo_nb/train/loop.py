@@ -31,11 +31,12 @@ from ..base.devices import resolve_device, resolve_precision
 from ..base.draw import save_image
 from ..base.geometry import check_size
 from ..base.page import save_captions
+from ..base.semantic_maps import only_maps
 from ..data.batch import Batch, draw_batch
 from ..data.loader import Loader, make_loader
 from ..data.resize import size_for
 from ..models.backbones import freeze_norms, freeze_temporarily, has_frozen_norms
-from ..models.contract import DetectionModel, check_task
+from ..models.contract import DetectionModel, check_table, check_task, classes_of
 from ..models.int8 import to_int8
 from ..models.pretrained import find_start
 from ..models.weights import load_weights
@@ -66,13 +67,16 @@ class Loop(Updater):
         self.accelerator = accelerator = make_accelerator(config)
         seed_everything(config.seed)
         model = build_model(config, train_table) if model is None else model
+        check_table(model, val_table)
         if config.pilot:
             train_table, val_table = (table.select(pilot_rows(table)) for table in (train_table, val_table))
         if config.overfit_batches:
             count = config.overfit_batches * config.batch_size * accelerator.num_processes
             train_table = val_table = train_table.select(np.arange(min(count, len(train_table))))
-        self.config, self.model, self.train_table, self.val_table = config, model, train_table, val_table
         self.fingerprint = fingerprint(train_table)
+        if model.task == "semantic":
+            train_table, val_table = only_maps(train_table), only_maps(val_table)
+        self.config, self.model, self.train_table, self.val_table = config, model, train_table, val_table
         self.batch_size, self.grad_accum_steps = config.batch_size, config.grad_accum_steps
         self.loader, self._stage = self._train_loader(0), self._stage_of(0)
         self._check_capacity()
@@ -80,10 +84,8 @@ class Loop(Updater):
         self.pace: Pace | None = None
         super().__init__(config, Path(run), train_table, model, accelerator, config.epochs * self.updates)
         self.history: list[dict[str, Any]] = []
-        self.best = -1.0
-        self.seconds = 0.0
-        self.callbacks = Callbacks()
-        self._told = 0  # The last update that they know
+        self.best, self.seconds = -1.0, 0.0
+        self.callbacks, self._told = Callbacks(), 0  # The last update that they know
         self.sums: dict[str, Tensor] = {}  # Of the terms of this epoch's updates
         self.speed = 0.0  # Images per second of all processes in the last epoch, evaluation left out
         if config.minutes:
@@ -107,8 +109,7 @@ def _stage_of(self: Loop, epoch: int) -> str:
 # %% ../../nbs/60_train/10_loop.ipynb #9ea35cc6
 @patch
 def _train_loader(self: Loop, epoch: int) -> Loader:
-    c = self.config
-    stage = self._stage_of(epoch)
+    c, stage = self.config, self._stage_of(epoch)
     policy = {"none": "none", "plain": "flip"}.get(stage, c.policy)
     height, width = self.model.size
     share = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
@@ -236,8 +237,8 @@ def build_model(config: TrainConfig, table: Annotations) -> DetectionModel:
         raise InputError("a training in eight bits goes on from one in float", "--int8", remedy)
     config = resolve_start(config)
     overrides = config.model_overrides()
-    names = {"class_names": table.class_names, "category_ids": table.category_ids}
-    model = create_model(config.model, **names, skeleton=check_task(task_of(config.model), table), **overrides)
+    names = classes_of(task := task_of(config.model), table)
+    model = create_model(config.model, **names, skeleton=check_task(task, table), **overrides)
     model.set_loss(config.loss)
     model.allow_overflow = config.allow_overflow
     model.preprocessing = replace(model.preprocessing, resize=config.resize, by_orientation=config.by_orientation)
@@ -330,11 +331,12 @@ def _keep_images(self: Loop, batches: list[Batch]) -> None:
     folder = self.run / "batches" / self._stage
     if self.ranks.rank or folder.exists():
         return
-    names, captions = self.train_table.file_names, {}
-    drawn = [(row, image) for batch in batches for row, image in draw_batch(batch, self.model.class_names, SHOWN)]
+    files, captions = self.train_table.file_names, {}
+    names = None if self.model.task == "semantic" else self.model.class_names
+    drawn = [(row, image) for batch in batches for row, image in draw_batch(batch, names, SHOWN)]
     for number, (row, image) in enumerate(drawn[:SHOWN]):
         path = save_image(image, folder / f"{number:02d}.jpg", quality=80)
-        captions[path.name] = (Path(names[row]).name, "")
+        captions[path.name] = (Path(files[row]).name, "")
     save_captions(folder, captions)
 
 # %% ../../nbs/60_train/10_loop.ipynb #165cbf51
@@ -347,8 +349,7 @@ def train_epoch(
     "Train until the end of the current epoch."
     at = self.progress
     start = begin = time.perf_counter()
-    seen = 0
-    over = False
+    seen, over = 0, False
     while at["part"] < self.config.passes_per_epoch and not over:
         self._enter()
         self.loader.set_epoch(at["epoch"] * self.config.passes_per_epoch + at["part"], at["batch"])
@@ -377,8 +378,7 @@ def train_epoch(
                 if over or self._stage != self._stage_of(self._at()):
                     break
         else:
-            at["part"] = at["part"] + 1
-            at["batch"] = 0
+            at["part"], at["batch"] = at["part"] + 1, 0
     self._settle()
     self._tell_update()
     self.speed = seen * self.ranks.world / (time.perf_counter() - start)

@@ -12,7 +12,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from tqdm import tqdm
 from ..base.annotations import Annotations
 from ..base.core import InputError, atomic_write
 from ..base.detections import Detections, concat
+from ..base.semantic_maps import read_map
 from ..data.batch import Batch
 from ..data.loader import make_loader
 from ..evaluate.operating_point import evaluate
+from ..evaluate.semantic_metrics import SemanticCounts
 from ..losses.matcher import CapacityError
 from ..models.contract import TASKS
 from ..models.weights import save_weights
@@ -47,6 +49,24 @@ class Trainer(Loop):
 
 # %% ../../nbs/60_train/11_trainer.ipynb #60063ab6
 @patch
+def _answers(
+    self: Trainer, table: Annotations, sums: dict[str, float] | None
+) -> Iterator[tuple[Batch, Any, np.ndarray]]:  # A batch, what the network says of it, and its rows in the table
+    "What the averaged weights say of this process's share of a table, batch by batch."
+    rows = np.arange(self.accelerator.process_index, len(table), self.accelerator.num_processes)
+    model, contract = self.ema.model, self.ema.model.preprocessing
+    shape = {"size": model.size, "divisor": contract.divisor, "resize": contract.resize}
+    shape |= {"by_orientation": contract.by_orientation, "num_workers": self.config.num_workers}
+    for batch in make_loader(table.select(rows), **shape, batch_size=self.config.batch_size, quiet=True):
+        batch = batch.to(self.accelerator.device)
+        with self.accelerator.autocast():
+            outputs = model(batch.images, batch.sizes)
+        if sums is not None:
+            self._add_losses(outputs, batch, sums)
+        yield batch, outputs, rows[batch.image_index.cpu().numpy()]
+
+
+@patch
 @torch.no_grad()
 def predict(
     self: Trainer,
@@ -54,25 +74,47 @@ def predict(
     sums: dict[str, float] | None = None,  # Gets the losses of this process's images, summed
 ) -> Detections:
     "What the averaged weights say of a table, gathered from all processes."
-    rank, world = self.accelerator.process_index, self.accelerator.num_processes
-    rows = np.arange(rank, len(table), world)
-    part = table.select(rows)
-    model = self.ema.model
-    contract = model.preprocessing
-    shape = {"size": model.size, "divisor": contract.divisor, "resize": contract.resize}
-    shape |= {"by_orientation": contract.by_orientation}
-    settings = {"batch_size": self.config.batch_size, "num_workers": self.config.num_workers}
-    loader = make_loader(part, **shape, **settings, quiet=True)
     predicted = []
-    for batch in loader:
-        batch = batch.to(self.accelerator.device)
-        with self.accelerator.autocast():
-            outputs = model(batch.images, batch.sizes)
-        if sums is not None:
-            self._add_losses(outputs, batch, sums)
-        found = model.postprocess(outputs, batch, len(part))
+    for batch, outputs, rows in self._answers(table, sums):
+        found = self.ema.model.postprocess(outputs, batch)
         predicted.append(replace(found, image_index=rows[found.image_index], num_images=len(table)))
-    return concat(gather_object(predicted) if world > 1 else predicted)
+    return concat(gather_object(predicted) if self.accelerator.num_processes > 1 else predicted)
+
+# %% ../../nbs/60_train/11_trainer.ipynb #34619761
+@patch
+@torch.no_grad()
+def count_pixels(
+    self: Trainer,
+    table: Annotations,  # With maps
+    sums: dict[str, float] | None = None,  # Gets the losses of this process's images, summed
+) -> SemanticCounts:
+    "How often the averaged weights give which class to pixels of which, added up over all processes."
+    counts = SemanticCounts(self.model.class_names)
+    for batch, outputs, rows in self._answers(table, sums):
+        maps = self.ema.model.segment(outputs, batch.sizes, batch.original_sizes)
+        for row, found in zip(rows.tolist(), maps):
+            known = table[row]
+            truth = read_map(known.semantic_file, known.size, len(self.model.class_names))
+            counts.add(found.cpu().numpy(), truth, str(known.path))
+    if self.accelerator.num_processes > 1:
+        every = gather_object([(counts.confusion, counts.images)])
+        counts.confusion, counts.images = (sum(part) for part in zip(*every))
+    return counts
+
+
+@patch
+def _measure(self: Trainer, sums: dict[str, float]) -> dict[str, Any]:
+    "The numbers of the validation images, in all processes the same."
+    if self.model.task == "semantic":
+        return self.count_pixels(self.val_table, sums).metrics()
+    predicted = self.predict(self.val_table, sums)
+    result = [None]
+    if self.accelerator.is_main_process:
+        most = self.model.max_dets
+        extra = most if most != self.config.max_dets else None
+        kind = TASKS[self.model.task]
+        result = [evaluate(predicted, self.val_table, self.config.max_dets, extra_max_dets=extra, iou_type=kind)]
+    return broadcast_object_list(result)[0] if self.accelerator.num_processes > 1 else result[0]
 
 # %% ../../nbs/60_train/11_trainer.ipynb #d5f48869
 @patch
@@ -124,15 +166,8 @@ def _row(self: Trainer) -> dict[str, Any]:
 def evaluate_epoch(self: Trainer) -> dict[str, Any]:
     "Evaluate, note the row, keep the best, tell callbacks."
     sums: dict[str, float] = {}
-    predicted = self.predict(self.val_table, sums)
+    metrics = self._measure(sums)
     unseen = self._val_losses(sums)
-    result = [None]
-    if self.accelerator.is_main_process:
-        most = self.model.max_dets
-        extra = most if most != self.config.max_dets else None
-        kind = TASKS[self.model.task]
-        result = [evaluate(predicted, self.val_table, self.config.max_dets, extra_max_dets=extra, iou_type=kind)]
-    metrics = broadcast_object_list(result)[0] if self.accelerator.num_processes > 1 else result[0]
     at = self._row()
     self.history.append(at | unseen | plain_numbers(metrics))
     score = metrics[self.config.monitor]
@@ -336,7 +371,9 @@ def _summary(self: Trainer, interrupted: bool) -> dict[str, Any]:
 # %% ../../nbs/60_train/11_trainer.ipynb #b01b014f
 def epoch_line(row: dict[str, Any], config: TrainConfig) -> str:
     "An epoch in a line."
-    numbers = "  ".join(f"{name} {row[name]:.3f}" for name in ("AP", "AP50", "F1") if name in row)
+    numbers = "  ".join(
+        f"{name} {row[name]:.3f}" for name in ("AP", "AP50", "F1", "mIoU", "pixel_accuracy") if name in row
+    )
     return f"epoch {row['epoch']:>3}/{row.get('epochs', config.epochs)}  {row['minutes']:6.1f} min  loss {row.get('loss', math.nan):7.3f}  {numbers}"
 
 

@@ -11,7 +11,7 @@ __all__ = ['IN_A_ROW', 'NonFiniteLoss', 'DoesNotFit', 'Updater', 'make_teacher',
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,7 @@ from ..base.annotations import Annotations
 from ..base.core import InputError
 from ..data.batch import Batch
 from ..models.backbones import freeze_temporarily
-from ..models.contract import DetectionModel, Outputs
+from ..models.contract import DetectionModel
 from ..models.teacher import Teacher
 from .checkpoint import rng_state, set_rng_state
 from .config import TrainConfig
@@ -202,7 +202,7 @@ def make_teacher(config: TrainConfig, student: DetectionModel) -> Teacher | None
 
 
 @patch
-def _pull(self: Updater, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+def _pull(self: Updater, outputs: Any, batch: Batch) -> dict[str, Tensor]:
     "The teacher's pull on a part's features, and its distance, as a share of the images of an update."
     if self.teacher is None:
         return {}
