@@ -32,7 +32,7 @@ python .ci/readme.py --check
 python .ci/parameters.py --check
 
 step "chapters"
-nbdev-test --n-workers 2
+python .ci/chapters.py
 
 step "tests"
 python -m pytest -ra -n 2 --dist loadfile --no-loadscope-reorder # else the long files, of few tests, come last

@@ -118,6 +118,7 @@ class Inferred(Strict):
     image_path: str
     image_name: str
     predictions: list[Found]
+    segmentation_map: str | None = None
     inference_time_ms: float = Field(ge=0)
 
 

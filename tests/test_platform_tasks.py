@@ -15,10 +15,15 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 from platform_job import CONFIG, DATASETS, Platform  # noqa: E402
 from pycocotools import mask as coco_mask  # noqa: E402
 
+from neo_nb.base.semantic_maps import read_map  # noqa: E402
 from neo_nb.data.dice import write_nested_dice  # noqa: E402
 from neo_nb.synthetic.crowds import make_scenes  # noqa: E402
 
-TASKS = {"instance_segmentation": ("rtdetr-nano-seg", "segmentation"), "pose": ("rtdetr-nano-pose", "pose")}
+TASKS = {  # Task → model, and the kind of annotations
+    "instance_segmentation": ("rtdetr-nano-seg", "segmentation"),
+    "pose": ("rtdetr-nano-pose", "pose"),
+    "semantic_segmentation": ("segformer-nano", "segmentation"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +32,8 @@ def platform(tmp_path_factory):
     folder = made.folder / "people"
     table = make_scenes(6, (96, 160), 5, folder, extras=True)
     names = np.array([Path(file).name for file in table.file_names])
-    for task, (_, kind) in TASKS.items():  # a data set has one of the two
-        more = {"keypoints": None, "skeleton": None} if task == "instance_segmentation" else {"masks": None}
+    for kind in ("segmentation", "pose"):  # a data set has one of the two
+        more = {"keypoints": None, "skeleton": None} if kind == "segmentation" else {"masks": None}
         some = replace(table, file_names=names, semantic_files=None, semantic_names=(), **more)
         splits = {"train": some.select(np.arange(4)), "val": some.select(np.arange(4, 6))}
         write_nested_dice(splits, folder / f"annotations_{kind}.json")
@@ -53,14 +58,22 @@ def test_a_job_of_each_task_trains_predicts_and_exports(platform, task):
     assert platform.start("train", order, log).wait(300) == 0, log.read_text()[-3000:]
     heard = [body for _, body in platform.backend.heard if body.get("job_id") == number]
     judged = next(body for body in heard if body.get("type") == "validation")
-    assert judged["task_type"] == task and {"AP", "box_AP"} <= set(judged["metrics"])
+    wanted = {"mIoU", "pixel_accuracy"} if task == "semantic_segmentation" else {"AP", "box_AP"}
+    assert judged["task_type"] == task and wanted <= set(judged["metrics"])
     assert {f"checkpoints/{number}/{name}.pt" for name in ("best", "last")} <= set(platform.keys())
 
-    images = {"IMAGES_S3_URI": f"s3://{DATASETS}/datasets/{kind}/images/", "CONFIG": json.dumps({"conf": 0.0})}
+    basic = {} if task == "semantic_segmentation" else {"conf": 0.0}
+    images = {"IMAGES_S3_URI": f"s3://{DATASETS}/datasets/{kind}/images/", "CONFIG": json.dumps(basic)}
     images |= {"CHECKPOINT_S3_URI": f"s3://training-checkpoints/checkpoints/{number}/best.pt"}
     predict = platform.environment(number + 10, **(known | images))
     assert platform.start("predict", predict, log).wait(300) == 0, log.read_text()[-3000:]
     told = json.loads(platform.read(f"inference-results/{number + 10}/predictions.json"))
+    if task == "semantic_segmentation":
+        assert told["class_names"] == ["background", "person", "head"]
+        path = platform.folder / "map.png"
+        path.write_bytes(platform.read(f"inference-results/{number + 10}/{told['results'][0]['segmentation_map']}"))
+        assert read_map(path, (96, 160), 3).shape == (96, 160)
+        return
     found = told["results"][0]["predictions"][0]
     if kind == "segmentation":
         assert coco_mask.decode(found["segmentation"]).shape == (96, 160)

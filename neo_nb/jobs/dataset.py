@@ -328,10 +328,22 @@ def _part(document: Mapping[str, Any], ids: list[Any]) -> dict[str, Any]:
     return {"categories": document["categories"], "images": images, "annotations": rows}
 
 
+def _paint(manifest: Manifest, brought: Brought, folder: Path) -> list[str]:  # What the numbers in maps are
+    "The map of each image of all splits."
+    from neo_nb.base.semantic_maps import maps_of_masks  # late: reading images is for those who need them
+    from neo_nb.data.dice import read_dice
+
+    for split in manifest.splits.values():
+        table = read_dice(split.annotations, brought.images, brought.source.name)
+        names = maps_of_masks(table, folder).semantic_names
+    return list(names)
+
+
 def write_data(
     brought: Brought,
     folder: Path,  # Where the manifest and the splits are written
     whole: bool = False,  # All images are val
+    maps: bool = False,  # Paint the class of each pixel from the objects' masks
 ) -> tuple[Path, dict[str, int]]:  # The manifest, and how many images each split has; "left out" too
     "The manifest of a data set."
     images = brought.document["images"]
@@ -346,7 +358,7 @@ def write_data(
         file = folder / f"{split}.json"
         with atomic_write(file) as path:
             path.write_text(json.dumps(_part(brought.document, ids), ensure_ascii=False), encoding="utf-8")
-        entries[split] = Split(annotations=str(file), images=".")
+        entries[split] = Split(annotations=str(file), images=".", maps=str(folder / "maps") if maps else None)
     stem = "".join(c if c.isalnum() or c in "_-" else "_" for c in brought.source.name)[:40] or "data"
     manifest = Manifest(
         title=f"{brought.source.name} of the platform, version {brought.hash[:16]}",
@@ -355,5 +367,7 @@ def write_data(
         classes=[str(row["name"]) if isinstance(row, dict) else str(row) for row in brought.document["categories"]],
         splits=entries,
     )
+    if maps:
+        manifest.map_classes = _paint(manifest, brought, folder / "maps")
     counts = {split: len(ids) for split, ids in splits.items()}
     return write_manifest(manifest, folder / f"{stem}.yaml"), counts | {"left out": len(images) - sum(counts.values())}

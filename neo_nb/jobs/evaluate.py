@@ -23,13 +23,13 @@ from ..train.tracking import plain_numbers
 def _evaluate(job: Job) -> None:
     "Checkpoint, data, the evaluation, its numbers."
     order = job.order
-    check_task(order)
+    task = check_task(order)
     place = result_place(job)
     job.stage = "Checkpoint"
     checkpoint = fetch_checkpoint(order, job.folder)
     job.stage = "Dataset"
     with bring(order, job.reporter.log) as brought:
-        manifest, counts = write_data(brought, job.folder, whole=True)
+        manifest, counts = write_data(brought, job.folder, whole=True, maps=task == "semantic")
         job.reporter.log(f"{counts['val']:,} images of {brought.source.name}", event="dataset_loaded", data=counts)
         words = ["--debug", "evaluate", checkpoint, "--data", str(manifest)]
         words += ["--batch-size", str(order.basic.batch)] if order.basic.batch else []
@@ -46,7 +46,7 @@ def _evaluate(job: Job) -> None:
         place.put(run / name, f"test-runs/{job.address.job_id}/{name}") for name in names if (run / name).is_file()
     ]
     numbers = plain_numbers(metrics)
-    told = ", ".join(f"{name} {numbers[name]:.4f}" for name in ("AP", "AP50", "F1") if name in numbers)
+    told = ", ".join(f"{name} {numbers[name]:.4f}" for name in ("AP", "AP50", "F1", "mIoU") if name in numbers)
     job.reporter.log(f"done: {told}; {uris[0]}", event="validation_complete", data=numbers)
     job.reporter.completed({}, numbers)
 

@@ -9,6 +9,7 @@ __all__ = ['fetch_images', 'results_of', 'label_lines', 'main']
 
 # %% ../../nbs/72_jobs/19_predict.ipynb #4b3eaabc
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -123,9 +124,27 @@ def _crops(files: Mapping[str, Path], results: list[dict[str, Any]], folder: Pat
             with atomic_write(folder / str(found["class_name"]).replace("/", "_") / name) as path:
                 upright.crop((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1))).save(path, "JPEG", quality=95)
 
+# %% ../../nbs/72_jobs/19_predict.ipynb #5ed7c63c
+def _write_maps(job: Job, run: Path, names: Mapping[Path, str], folder: Path) -> list[dict[str, Any]]:
+    "The map of each image, its image, and what there is to know."
+    told = json.loads((run / "maps.json").read_text(encoding="utf-8"))
+    results = []
+    for image in told["images"]:
+        path = Path(image["file"])
+        row = {"image_path": names.get(path, str(path)), "image_name": path.name, "predictions": []}
+        results.append(row | {"segmentation_map": image["map"], "inference_time_ms": image["ms"]})
+    for kind in ("maps", "images"):
+        shutil.copytree(run / kind, folder / kind)
+    about = {"job_id": job.address.job_id, "total_images": len(results), "class_names": told["class_names"]}
+    with atomic_write(folder / "predictions.json") as path:
+        path.write_text(json.dumps(about | {"results": results}, ensure_ascii=False, indent=1), encoding="utf-8")
+    return results
+
 # %% ../../nbs/72_jobs/19_predict.ipynb #cdba40e8
 def _write(job: Job, run: Path, names: Mapping[Path, str], folder: Path) -> list[dict[str, Any]]:
     "All that is asked for, into a folder."
+    if (run / "maps.json").is_file():
+        return _write_maps(job, run, names, folder)
     told, basic = json.loads((run / "predictions.json").read_text(encoding="utf-8")), job.order.basic
     results = results_of(told, names, basic.max_det)
     for path in sorted((run / "images").iterdir()):

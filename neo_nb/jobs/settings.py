@@ -44,9 +44,10 @@ TASKS = {  # Theirs → ours
     "pose": "pose",
     "pose_estimation": "pose",
     "keypoint_detection": "pose",
+    "semantic_segmentation": "semantic",
 }
 OTHER_TASKS = (
-    "classification", "image_classification", "semantic_segmentation", "rotated_detection", "super_resolution",
+    "classification", "image_classification", "rotated_detection", "super_resolution",
 )  # fmt: skip
 
 
@@ -101,6 +102,7 @@ _METRICS = {
     "AP": ("ap", "map", "map50_95", "map_50_95", "map5095", "bbox_map", "coco_bbox_map", "metrics_map50_95"),
     "AP50": ("ap50", "map50", "map_50", "map0_5", "bbox_map_50", "coco_bbox_map_50", "metrics_map50"),
     "F1": ("f1", "f1_score"),
+    "mIoU": ("miou", "mean_iou", "m_iou"),
 }
 _SCHEDULES = {
     "cosine": ("cosine", "cos", "cosineannealing", "cosineannealinglr", "cosine_annealing"),

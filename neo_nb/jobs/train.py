@@ -117,7 +117,7 @@ def finish(self: Watch) -> None:
 def _train(job: Job) -> None:
     "Settings, data, a run that may be there already, the training, the end."
     asked = translate(job.order)
-    check_task(job.order, asked.settings["model"])
+    task = check_task(job.order, asked.settings["model"])
     place, gpus = result_place(job), visible(asked.gpus, job.environment.get("CUDA_VISIBLE_DEVICES"))
     config = make_config(**asked.settings)
     job.reporter.started(config.epochs)
@@ -125,7 +125,7 @@ def _train(job: Job) -> None:
         job.reporter.log(note, "WARNING")
     job.stage = "Dataset"
     with bring(job.order, job.reporter.log) as brought:
-        manifest, counts = write_data(brought, job.folder)
+        manifest, counts = write_data(brought, job.folder, maps=task == "semantic")
         told = ", ".join(f"{count:,} {split}" for split, count in counts.items())
         job.reporter.log(f"{brought.source.name}: {told}", event="dataset_loaded", data=counts)
         job.stage = "Checkpoint"

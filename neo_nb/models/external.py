@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..base.keypoints import Skeleton
 from .contract import DetectionModel
 
 # %% ../../nbs/40_models/09_external.ipynb #b1d545c5
@@ -27,6 +28,7 @@ class External:
     config: Any  # The family's configuration, as the weights need it
     size: tuple[int, int] | None = None  # (height, width) it was trained at
     preprocessing: dict[str, Any] = field(default_factory=dict)  # What of `Preprocessing` is other than the variant's
+    skeleton: Skeleton | None = None  # What the keypoints of a pose are
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def _load_external(path: str | Path, class_names: Sequence[str] | None, device) 
     names = names or class_names or [f"class_{i}" for i in range(_classes(found.variant, tensors))]
     if class_names is not None and list(class_names) != list(names):
         raise InputError(f"trained for the classes {names}, not for {list(class_names)}", path)
-    model = create_model(found.variant, class_names=names, **asdict(found.config))
+    model = create_model(found.variant, class_names=names, skeleton=found.skeleton, **asdict(found.config))
     own = model.state_dict()
     tensors |= {k: own[k] for k in own if k.endswith("num_batches_tracked") and k not in tensors}
     load_strictly(model, tensors, path)

@@ -26,6 +26,7 @@ from .rtmdet import convert as rtmdet
 from .rtmdet import segment as rtmdet_ins
 from .semantic import mask2former, segformer, upernet
 from .torchvision import convert as torchvision
+from .torchvision import keypoint_rcnn
 from .transformers import conditional, deformable, dfine_convert, rfdetr_convert
 from .yolox import convert as yolox
 
@@ -39,6 +40,7 @@ FAMILIES: tuple[Family, ...] = (
     mask2former.FAMILY,
     detr.FAMILY,
     *torchvision.FAMILIES,
+    keypoint_rcnn.FAMILY,
     conditional.FAMILY,
     deformable.FAMILY,
     dfine_convert.FAMILY,

@@ -10,6 +10,7 @@ __all__ = ['HIGH', 'side_by_side', 'save_segmentation', 'segment_files', 'record
 # %% ../../nbs/70_runs/11_maps.ipynb #e141b986
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -71,7 +72,7 @@ def save_segmentation(
         path.write_text(json.dumps({"data": annotations.name} | metrics, indent=1) + "\n", encoding="utf-8")
     matrix = np.pad(counts.confusion, ((0, 1), (0, 0)))
     save_figure(plot_confusion(matrix, names, ("none of them", None)), run / "plots" / "confusion.svg")
-    save_images(run / "samples", [about for _, *about in sorted(drawn, key=lambda one: one[0])])
+    save_images(run / "samples", [tuple(about) for _, *about in sorted(drawn, key=lambda one: one[0])])
     return metrics
 
 # %% ../../nbs/70_runs/11_maps.ipynb #75d16f38
@@ -81,7 +82,7 @@ def segment_files(
     run: str | Path,  # The run's folder: maps/, images/, maps.json
     device: str = "cpu",  # auto, cpu, cuda or cuda:N
     precision: str = "fp32",  # auto, fp32, fp16 or bf16
-) -> dict[str, Any]:  # detector, device, precision, class_names, images: file, map, size, shares
+) -> dict[str, Any]:  # detector, device, precision, class_names, images: file, map, size, ms, shares
     "Write the map of each image. Bad input takes the folder away again."
     run = Path(run)
     try:
@@ -89,15 +90,16 @@ def segment_files(
         opened = load_segmenter(segmenter, device, precision=precision) if named else segmenter
         rows = []
         for number, path in enumerate(tqdm(files, desc="segment", unit="image", delay=1)):
-            image = read_image(path)
+            image, begin = read_image(path), time.perf_counter()
             found = opened.segment_images([image])[0]
+            spent = round(1000 * (time.perf_counter() - begin), 2)
             name = f"{number:04d}-{path.stem}"
             written = write_map(found, run / "maps" / f"{name}.png")
             save_image(beside(image, paint_map(image, found)), run / "images" / f"{name}.jpg")
             shares = (
                 np.bincount(found.ravel(), minlength=len(opened.class_names))[: len(opened.class_names)] / found.size
             )
-            rows.append({"file": str(path), "map": str(written.relative_to(run)), "size": list(found.shape)}
+            rows.append({"file": str(path), "map": str(written.relative_to(run)), "size": list(found.shape), "ms": spent}
                         | {"shares": {c: round(float(s), 4) for c, s in zip(opened.class_names, shares) if s}})  # fmt: skip
         about = {"detector": str(opened), **describe_device(opened.device, opened.precision)}
         about |= {"class_names": list(opened.class_names), "images": rows}

@@ -6,8 +6,8 @@
 
 # %% auto #0
 __all__ = ['RETINANETS', 'FASTER_RCNNS', 'MASK_RCNNS', 'SSDLITES', 'FCOSES', 'FAMILIES', 'coco_names', 'pyramid_of',
-           'convert_retinanet', 'convert_fcos', 'convert_faster_rcnn', 'convert_mask_rcnn', 'convert_ssdlite',
-           'check_ssdlite']
+           'convert_retinanet', 'convert_fcos', 'two_stage', 'convert_faster_rcnn', 'convert_mask_rcnn',
+           'convert_ssdlite', 'check_ssdlite']
 
 # %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #6b631ac6
 import re
@@ -139,7 +139,7 @@ def convert_fcos(
     return External(new, coco_names(len(new[f"{last}bias"])), "fcos_r50", own, _TRAINED_AT)
 
 # %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #3c042a4f
-def _two_stage(
+def two_stage(
     tensors: dict[str, Tensor],  # Of one of torchvision's two-stage detectors
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # By our names; fields of `FasterRCNNConfig`
     "What they all have: a region network and a box head."
@@ -170,7 +170,7 @@ def convert_faster_rcnn(
     more = ("roi_heads.mask_predictor.", "roi_heads.keypoint_predictor.")
     if "roi_heads.box_predictor.cls_score.bias" not in tensors or any(name.startswith(more) for name in tensors):
         return None
-    new, own = _two_stage(tensors)
+    new, own = two_stage(tensors)
     name = "faster_rcnn_mobilenet" if "mobilenet" in own["backbone"] else "faster_rcnn_r50"
     return External(new, coco_names(len(new["heads.0.box.bias"])), name, FasterRCNNConfig(**own), _TRAINED_AT)
 
@@ -183,7 +183,7 @@ def convert_mask_rcnn(
     last = "roi_heads.mask_predictor.mask_fcn_logits."
     if f"{last}bias" not in tensors:
         return None
-    new, own = _two_stage({name: x for name, x in tensors.items() if not name.startswith(last)})
+    new, own = two_stage({name: x for name, x in tensors.items() if not name.startswith(last)})
     rules = (
         (r"^roi_heads\.mask_head\.", "masks.tower."),
         (r"^roi_heads\.mask_predictor\.conv5_mask\.", "masks.larger."),
