@@ -338,7 +338,7 @@ def _paint(manifest: Manifest, brought: Brought, folder: Path) -> list[str]:  # 
         names = maps_of_masks(table, folder).semantic_names
     return list(names)
 
-
+# %% ../../nbs/72_jobs/13_dataset.ipynb #17efd5b0
 def write_data(
     brought: Brought,
     folder: Path,  # Where the manifest and the splits are written
