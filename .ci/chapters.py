@@ -1,8 +1,7 @@
-"""`nbdev-test` of all chapters, by processes that end after some of them: what a chapter made stays in its process.
+"""`nbdev-test` of all chapters, some of them at a time: what a chapter made stays in its process until that ends.
 
 python .ci/chapters.py [PATH]"""
 
-import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -11,21 +10,20 @@ from typing import Any
 
 import nbdev.test
 
-from neo_nb.base.shape_checks import setup
-
-PROCESSES, CHAPTERS = 2, 12  # At once; that a process runs before the next one takes over
+PROCESSES, CHAPTERS = 2, 12  # At once; that both run before others take over: a chapter leaves up to a gigabyte
 
 
-def in_turn(function: Any, files: list[Path], n_workers: int, pause: float, **settings: Any) -> list:
-    "What nbdev asks of its own pool."
-    start = multiprocessing.get_context("forkserver")
-    each = {"initializer": setup, "initargs": ([],), "max_tasks_per_child": CHAPTERS}
-    with ProcessPoolExecutor(PROCESSES, mp_context=start, **each) as pool:
-        return list(pool.map(partial(function, **settings), files))
+def some_at_a_time(function: Any, files: list[Path], n_workers: int, pause: float, **settings: Any) -> list:
+    "What nbdev asks of its own pool, which keeps its processes to the end."
+    found: list = []
+    for start in range(0, len(files), CHAPTERS):
+        with ProcessPoolExecutor(PROCESSES) as pool:
+            found += pool.map(partial(function, **settings), files[start : start + CHAPTERS])
+    return found
 
 
 if __name__ == "__main__":
-    nbdev.test.parallel = in_turn
+    nbdev.test.parallel = some_at_a_time
     nbdev.test.nbdev_test.__wrapped__(
         *sys.argv[1:], n_workers=PROCESSES
     )  # without its own reading of the command line

@@ -95,6 +95,9 @@ def _evaluated(metrics: Mapping[str, Any]) -> str:
     counts = f"{metrics['images']:,} images, {metrics['boxes']:,} boxes"
     return (
         f"{metrics.get('data', '')}: {counts}, at most {metrics.get('max_dets', '?')} detections per image and class"
+        + {"segm": "; overlaps are those of masks", "keypoints": "; overlaps are those of keypoints (OKS)"}.get(
+            metrics.get("iou_type", ""), ""
+        )
     )
 
 # %% ../../nbs/70_runs/06_report.ipynb #3f4dbd32
