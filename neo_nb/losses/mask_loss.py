@@ -71,14 +71,15 @@ def mask_truths(
     "The masks of a batch as squares, on the device of its boxes."
     squares, present = [np.zeros((0, side, side), np.uint8)], [np.zeros(0, bool)]
     whole = np.array([padded[1], padded[0]] * 2)
-    for target in targets:
+    boxes = torch.cat([target.boxes for target in targets]).float()
+    corners = np.split(cxcywh_to_xyxy(boxes).cpu().numpy() * whole, np.cumsum([len(t) for t in targets])[:-1])
+    for target, own in zip(targets, corners):
         if target.masks is None:
             squares.append(np.zeros((len(target), side, side), np.uint8))
             present.append(np.zeros(len(target), bool))
         else:
-            squares.append(raster_boxes(target.masks, cxcywh_to_xyxy(target.boxes).cpu().numpy() * whole, side))
+            squares.append(raster_boxes(target.masks, own, side))
             present.append(target.masks.present)
-    boxes = torch.cat([target.boxes for target in targets]).float()
     found = torch.from_numpy(np.concatenate(squares)).to(boxes.device).float()
     return MaskTruths(found, torch.from_numpy(np.concatenate(present)).to(boxes.device), boxes)
 

@@ -126,8 +126,8 @@ class DetectionModel(nn.Module):
 
     @property
     def max_dets(self) -> int:
-        "How many detections an image has at most, unless fewer are requested."
-        raise NotImplementedError
+        "How many detections an image has at most, unless fewer are requested; as the configuration says."
+        return self.config.max_dets
 
     @property
     def feature_channels(self) -> int:
@@ -167,8 +167,11 @@ def loss(
     targets: tuple[Targets, ...],  # One per image
     **counts: float,  # Those of `loss_counts`, of the whole update and at least 1; counted here when not given
 ) -> dict[str, Float[Tensor, ""]]:
-    "Weighted terms by name; the loss is their sum."
-    raise NotImplementedError
+    "Weighted terms by name; the loss is their sum. Of a family with `loss_sums`: of these images by themselves."
+    if type(self).loss_sums is DetectionModel.loss_sums:
+        raise NotImplementedError
+    terms, divisor = self.loss_sums(outputs, targets)
+    return {name: value / divisor.clamp(min=1) for name, value in terms.items()}
 
 
 @patch

@@ -6,11 +6,12 @@ Published RT-DETR weights in this house's names: `convert_state_dict` renames th
 
 # %% auto #0
 __all__ = ['LEVELS', 'PARTS', 'INSIDE', 'DERIVED', 'FAMILY', 'convert_key', 'convert_state_dict', 'infer_config', 'convert',
-           'check_config']
+           'check_config', 'family_with']
 
 # %% ../../../nbs/40_models/10_rtdetr/05_convert.ipynb #36c21a71
 import re
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -231,3 +232,23 @@ FAMILY = Family(
     _MEMORY,
     _PUBLISHED,
 )
+
+
+def family_with(
+    ending: str,  # Of its names, such as seg
+    model: type[RTDETR],  # That finds more than boxes
+    config: type[RTDETRConfig],  # With what it needs for that
+    source: str,  # Paper
+) -> Family:
+    "A family that does more than a detector, and whose weights begin as one's: nobody publishes its own."
+    named = {
+        name: f"{name}_{ending}"
+        for name in ("rtdetr_nano", *(f"{v}_{r}" for v in ("rtdetr", "rtdetrv2") for r in ("r18", "r50")))
+    }
+    variants = {
+        to: config(**{field.name: getattr(VARIANTS[name], field.name) for field in fields(RTDETRConfig)})
+        for name, to in named.items()
+    }
+    memory, published = ({to: of[name] for name, to in named.items() if name in of} for of in (_MEMORY, _PUBLISHED))
+    rest = (check_config, FAMILY.licence, f"arXiv 2304.08069, {source}", memory, published)
+    return Family(f"rtdetr_{ending}", model, config, variants, lambda tensors, settings: None, *rest)

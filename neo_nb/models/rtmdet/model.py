@@ -108,11 +108,6 @@ class RTMDet(DetectionModel):
             self._to_int8()
 
     @property
-    def max_dets(self) -> int:
-        "As the configuration says."
-        return self.config.max_dets
-
-    @property
     def feature_channels(self) -> int:
         "The neck's."
         return self.config.channels * len(self.config.strides)
@@ -195,18 +190,6 @@ def loss_sums(
     found: DenseSums = dense_loss(outputs.logits, outputs.boxes_xyxy, outputs.cells, targets, frame)
     terms = {"qfl": found.score / num_boxes, "giou": BOX_WEIGHT * found.box / num_boxes}
     return terms, found.quality / num_boxes
-
-
-@patch
-def loss(
-    self: RTMDet,
-    outputs: RTMDetOutputs,
-    targets: tuple[Targets, ...],  # One per image
-    **counts: float,  # Not needed
-) -> dict[str, Float[Tensor, ""]]:
-    "Weighted terms by name, of these images by themselves."
-    terms, quality = self.loss_sums(outputs, targets)
-    return {name: value / quality.clamp(min=1) for name, value in terms.items()}
 
 # %% ../../../nbs/40_models/18_rtmdet/03_model.ipynb #abc91d3a
 @patch

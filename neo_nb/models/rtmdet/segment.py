@@ -19,19 +19,21 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
+from ...base.boxes import xyxy_to_cxcywh
 from ...data.batch import Targets
-from ...losses.dense_loss import dense_loss
+from ...losses.dense_loss import as_fractions, dense_loss
 from ...losses.mask_loss import box_spots, jitter_boxes, mask_terms, mask_truths, read_squares, to_places
+from ...losses.matcher import ByImage
 from ..contract import Outputs
 from ..external import External, Family
 from ..layers import ConvNorm
 from ..nms import choose_boxes
-from ..rtdetr.segment import place_in_images, run_written, written_numbers
+from ..rtdetr.segment import run_written, written_numbers
 from .convert import FAMILY as DETECTORS
 from .convert import VARIANTS as PLAIN
 from .convert import convert as convert_detector
 from .head import Tower
-from .model import RTMDet, RTMDetConfig, RTMDetOutputs
+from .model import BOX_WEIGHT, RTMDet, RTMDetConfig, RTMDetOutputs
 
 # %% ../../../nbs/40_models/18_rtmdet/05_segment.ipynb #0d7aff11
 UNIT = 8  # Strides of a cell that its distances are measured in
@@ -125,7 +127,7 @@ def ask(
     read = F.grid_sample(prototypes.float(), at, padding_mode="border", align_corners=False).permute(0, 2, 3, 1)
     # the middle of a map's cell is where the head's cell has its corner: so it was published
     half = self.config.strides[0] / 2
-    pixels = places.float() * torch.tensor([padded[1], padded[0]], device=places.device) - half
+    pixels = torch.stack([places[..., 0] * padded[1], places[..., 1] * padded[0]], -1).float() - half
     away = (cells[:, :, None, :2] - pixels) / (cells[:, :, None, 2:] * UNIT)
     return run_written(torch.cat([away, read], -1), numbers.float(), self.masks.shapes)
 
@@ -143,10 +145,8 @@ def detect(
     rule = (self.config.candidates, self.config.nms_iou, max_dets or self.max_dets)
     boxes, scores, labels, chosen = choose_boxes(scores, outputs.boxes, outputs.padded, sizes, original_sizes, *rule)
     side = self.config.mask_side
-    height, width = outputs.padded
-    shares = sizes / original_sizes / torch.tensor([height, width], device=boxes.device)
-    cut = boxes * shares.flip(-1).repeat(1, 2)[:, None]
-    cut = torch.cat([(cut[..., :2] + cut[..., 2:]) / 2, cut[..., 2:] - cut[..., :2]], -1)
+    shares = (sizes / original_sizes).flip(-1).repeat(1, 2)[:, None]
+    cut = as_fractions(xyxy_to_cxcywh(boxes * shares), outputs.padded)
     places = to_places(cut, box_spots(1, side, False, boxes.device).expand(*chosen.shape, -1, -1))
     numbers = outputs.numbers.gather(1, chosen[..., None].expand(-1, -1, outputs.numbers.shape[-1]))
     logits = self.ask(outputs.prototypes, numbers, outputs.cells[chosen], places, outputs.padded)
@@ -172,29 +172,24 @@ def draw_terms(
     thing = objects[image, cell] + starts[image]
     kept = truths.present[thing]
     image, cell, thing = image[kept], cell[kept], thing[kept]
-    weight = quality[image, cell]
-    place, most = place_in_images(image, len(targets))
-    if most > MOST:  # each that draws stands for as many as there are for one
+    weight, rows = quality[image, cell], ByImage(image, len(targets))
+    if rows.most > MOST:  # each that draws stands for as many as there are for one
         order = torch.rand(len(image), device=image.device).argsort()
-        place, _ = place_in_images(image[order], len(targets))
-        kept = order[place < MOST]
-        counts = torch.bincount(image, minlength=len(targets))
-        weight = (weight * (counts / MOST).clamp(min=1)[image])[kept]
+        kept = order[ByImage(image[order], len(targets)).place < MOST]
+        weight = (weight * (rows.counts / MOST).clamp(min=1)[image])[kept]
         image, cell, thing = image[kept], cell[kept], thing[kept]
-        place, most = place_in_images(image, len(targets))
-    if not most:
+        rows = ByImage(image, len(targets))
+    if not rows.most:
         return (outputs.prototypes.float().sum() + outputs.numbers.float().sum()) * 0 + quality.new_zeros(2)
     known = truths.boxes[thing]
     boxes = jitter_boxes(known) if self.training else known
-    places = to_places(boxes, box_spots(len(known), 28, self.training, known.device))
+    places = to_places(boxes, box_spots(len(known), self.config.mask_side, self.training, known.device))
     truth = read_squares(truths.squares[thing], known, places)
-
-    def laid(rows: Tensor) -> Tensor:  # ones where there is nothing: a cell has a stride
-        return rows.new_ones(len(targets), most, *rows.shape[1:]).index_put((image, place), rows)
-
-    drawn = laid(outputs.numbers[image, cell]), laid(outputs.cells[cell]), laid(places)
-    logits = self.ask(outputs.prototypes, *drawn, outputs.padded)
-    return (torch.stack(mask_terms(logits[image, place], truth)) * weight).sum(1)
+    drawn = (
+        rows.lay(x, 1.0) for x in (outputs.numbers[image, cell], outputs.cells[cell], places)
+    )  # cells have strides
+    logits = rows.pick(self.ask(outputs.prototypes, *drawn, outputs.padded))
+    return (torch.stack(mask_terms(logits, truth)) * weight).sum(1)
 
 # %% ../../../nbs/40_models/18_rtmdet/05_segment.ipynb #3434c9a8
 @patch
@@ -210,7 +205,7 @@ def loss_sums(
     drawn = self.draw_terms(outputs, targets, found.objects, found.weights)
     sums = {
         "qfl": found.score,
-        "giou": 2.0 * found.box,
+        "giou": BOX_WEIGHT * found.box,
         "mask": MASK_WEIGHT * drawn[0],
         "dice": MASK_WEIGHT * drawn[1],
     }

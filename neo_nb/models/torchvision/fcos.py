@@ -142,18 +142,6 @@ def loss_sums(
     sums = zip(self.main_terms, (*parts, middle * known))
     return {name: part.sum() / num_boxes for name, part in sums}, known.sum() / num_boxes
 
-
-@patch
-def loss(
-    self: FCOS,
-    outputs: FCOSOutputs,
-    targets: tuple[Targets, ...],  # One per image
-    **counts: float,  # Not needed
-) -> dict[str, Float[Tensor, ""]]:
-    "Weighted terms by name, of these images by themselves."
-    terms, cells = self.loss_sums(outputs, targets)
-    return {name: value / cells.clamp(min=1) for name, value in terms.items()}
-
 # %% ../../../nbs/40_models/16_torchvision/04_fcos.ipynb #6319dfa4
 @patch
 def detect(

@@ -120,11 +120,6 @@ class PyramidDetector(DetectionModel):
         self.levels = len(channels) + (1 if more == "pool" else 2)
 
     @property
-    def max_dets(self) -> int:
-        "As the configuration says."
-        return self.config.max_dets
-
-    @property
     def feature_channels(self) -> int:
         "The pyramid's."
         return self.config.channels * self.levels

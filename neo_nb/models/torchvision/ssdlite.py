@@ -148,11 +148,6 @@ class SSDLite(DetectionModel):
             freeze_norms(self.backbone)
 
     @property
-    def max_dets(self) -> int:
-        "As the configuration says."
-        return self.config.max_dets
-
-    @property
     def feature_channels(self) -> int:
         "Of the six maps together."
         return sum(layer.weight.shape[1] // BOXES for layer in self.head.score)
@@ -242,18 +237,6 @@ def loss_sums(
     box = F.smooth_l1_loss(said, right, reduction="none").sum(-1) * known
     terms = {"ce": score.sum() / num_boxes, "box": box.sum() / num_boxes}
     return terms, known.sum() / num_boxes
-
-
-@patch
-def loss(
-    self: SSDLite,
-    outputs: AnchorOutputs,
-    targets: tuple[Targets, ...],  # One per image
-    **counts: float,  # Not needed
-) -> dict[str, Float[Tensor, ""]]:
-    "Weighted terms by name, of these images by themselves."
-    terms, boxes = self.loss_sums(outputs, targets)
-    return {name: value / boxes.clamp(min=1) for name, value in terms.items()}
 
 # %% ../../../nbs/40_models/16_torchvision/10_ssdlite.ipynb #c5ef3003
 @patch

@@ -106,11 +106,6 @@ class YOLOX(DetectionModel):
                 module.eps, module.momentum = 1e-3, 0.03
 
     @property
-    def max_dets(self) -> int:
-        "As the configuration says."
-        return self.config.max_dets
-
-    @property
     def feature_channels(self) -> int:
         "The neck's."
         return self.config.channels * len(self.config.strides)
@@ -181,18 +176,6 @@ def loss_sums(
     terms = {"bce": found.score, "objectness": found.objectness, "iou": BOX_WEIGHT * found.box}
     terms["l1"] = found.distance * float(self.with_l1)
     return {name: value / num_boxes for name, value in terms.items()}, found.cells / num_boxes
-
-
-@patch
-def loss(
-    self: YOLOX,
-    outputs: YOLOXOutputs,
-    targets: tuple[Targets, ...],  # One per image
-    **counts: float,  # Not needed
-) -> dict[str, Float[Tensor, ""]]:
-    "Weighted terms by name, of these images by themselves."
-    terms, cells = self.loss_sums(outputs, targets)
-    return {name: value / cells.clamp(min=1) for name, value in terms.items()}
 
 # %% ../../../nbs/40_models/19_yolox/01_model.ipynb #1e9ec1cc
 @patch
