@@ -168,7 +168,8 @@ def _best(reports: Path) -> Path:
         raise InputError("no training here was evaluated yet", reports, "neo train makes one; neo runs lists all")
 
     def images(run: Path, row: dict) -> tuple:
-        return row["data"], _read(run / "run.json").get("data", {}).get("fingerprint of val")
+        known = _read(run / "run.json").get("data", {}).get("fingerprint of val")
+        return row["data"], known, _read(run / "metrics.json").get("iou_type")  # AP of boxes, masks or keypoints
 
     by = _measure(runs[0][1])
     same = [(run, row) for run, row in runs if images(run, row) == images(*runs[0]) and _measure(row) == by]

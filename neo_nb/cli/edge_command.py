@@ -56,7 +56,8 @@ def edge(
 # %% ../../nbs/90_cli/12_edge_command.ipynb #2b4bff92
 def _check_edge(model: str, size: tuple[int, int] | None, device: str, target: str) -> None:
     "Raise `InputError` before anything starts for what has no form in eight bits."
-    from neo_nb.models.zoo import check_model, create_model
+    from neo_nb.models.contract import require_boxes
+    from neo_nb.models.zoo import check_model, create_model, task_of
     from neo_nb.runs.hardware import list_targets
 
     check_choice(target, list_targets(), "target")
@@ -64,6 +65,7 @@ def _check_edge(model: str, size: tuple[int, int] | None, device: str, target: s
     check_model(model)
     if size is not None:
         check_size(size)
+    require_boxes(task_of(model), model, "edge devices")
     if not model.startswith("rtmdet_"):
         raise InputError(f"{model} has no form in eight bits", "--model", "take an RTMDet, such as rtmdet_nano_relu")
     create_model(model, 1).eval().quantise()  # a backbone of timm may have what no kernel knows

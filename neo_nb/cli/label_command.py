@@ -32,6 +32,7 @@ def label(
 ) -> Result:
     "Label images with a detector: a manifest with scores, to be looked at before it is trained on."
     from neo_nb.deploy.detector import load_detector
+    from neo_nb.models.contract import require_boxes
     from neo_nb.runs import label as labels
 
     if threshold is not None and not 0 < threshold <= 1:
@@ -42,6 +43,7 @@ def label(
     path = find_detector(detector)
     source = labels.find_unlabelled(images, split, skip_labelled)
     opened, begun = load_detector(path, device, precision=precision), datetime.now().astimezone()
+    require_boxes(opened.task, opened.record["model"], "labels by a model")
     named = relative(path) if path.exists() else str(path)
     done = labels.label_source(opened, path, named, source, threshold, settings()["reports"])
     table, by = done.table, done.by

@@ -60,7 +60,7 @@ def tune(
 # %% ../../nbs/90_cli/09_tune_command.ipynb #62a12ee1
 def _check_training(model: str, recipe: str, pretrained: str, device: str, target: str) -> None:
     "Raise `InputError` before anything starts for what no trial can be trained with."
-    from neo_nb.models.zoo import check_model
+    from neo_nb.models.zoo import check_model, task_of
     from neo_nb.runs.hardware import list_targets
     from neo_nb.train.config import RECIPES
 
@@ -68,6 +68,8 @@ def _check_training(model: str, recipe: str, pretrained: str, device: str, targe
     check_choice(target, list_targets(), "target")
     check_device(device)
     if model != "auto":
+        if task_of(model) == "semantic":
+            raise InputError(f"{model} gives maps, and trials are judged by AP or F1", "--model", "take a detector")
         check_model(model, **({} if pretrained in ("auto", "none") else {"pretrained": pretrained}))
 
 

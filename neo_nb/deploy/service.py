@@ -26,6 +26,7 @@ from fastcore.basics import patch
 from ..base.core import InputError
 from ..base.detections import Detections
 from ..base.devices import count_cores
+from ..base.exchange import beside_boxes
 from ..base.page import facts, render_page
 from .batching import Answer, MicroBatcher, QueueFull, TimeLimit
 from .detector import Detector
@@ -164,8 +165,10 @@ def _entry(self: Serving, file: tuple[str, bytes], row: tuple, answer: Answer, t
     self.metrics.stage.labels("decode").observe(decoding)
     self.metrics.note(answer, found, names)
     boxes = [
-        {"box": [round(x, 2) for x in box], "score": round(score, 4), "label": names[label]}
-        for box, score, label in zip(found.boxes_xyxy.tolist(), found.scores.tolist(), found.labels.tolist())
+        {"box": [round(x, 2) for x in box], "score": round(score, 4), "label": names[label]} | more
+        for box, score, label, more in zip(
+            found.boxes_xyxy.tolist(), found.scores.tolist(), found.labels.tolist(), beside_boxes(found)
+        )
     ]
     spent = {stage: round(1000 * seconds, 2) for stage, seconds in (answer.seconds | {"whole": whole}).items()}
     return {"file": file[0], "height": size[0], "width": size[1], "detections": boxes, "milliseconds": spent}

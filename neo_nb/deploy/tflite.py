@@ -22,7 +22,7 @@ from ..base.core import InputError, atomic_write, check_choice
 from ..base.extras import require
 from ..base.geometry import check_size, pad_to
 from .tflite_metadata import tflite_metadata, with_labels
-from ..models.contract import DetectionModel
+from ..models.contract import DetectionModel, require_boxes
 from ..models.int8 import make_core
 from ..models.operations import Operation
 from ..models.quantize import QuantNetwork, scale_and_zero, weight_scales
@@ -311,6 +311,7 @@ def export_tflite(
     if not isinstance(model, RTMDet):
         raise InputError(f"{model.model_name} has attention or sampling, which TFLite files here have not", path,
                          "take an RTMDet")  # fmt: skip
+    require_boxes(model.task, model.model_name, "TFLite files")
     if (precision == "int8") != model.config.int8:
         remedy = "calibrate it with quantise() and calibrate_detector" if precision == "int8" else "give the float one"
         raise InputError(

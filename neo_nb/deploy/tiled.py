@@ -21,6 +21,7 @@ from ..data.image_inputs import TableImages
 from ..data.tiles import RegionReader, tile_grid
 from .detector import Detector
 from .merge_tiles import Method, merge_tiles, to_image_coords
+from ..models.contract import require_boxes
 
 # %% ../../nbs/65_deploy/03_tiled.ipynb #29357da6
 class TiledDetector(Detector):
@@ -36,6 +37,7 @@ class TiledDetector(Detector):
         lowest: float = 0.01,  # Detections that score less are left out, 0..1
     ):
         super().__init__(inner.record, inner.size, inner.batch, inner.device)
+        require_boxes(inner.task, inner.record["model"], "tiles")
         self.precision = inner.precision
         tile_grid(tile, tile, overlap)  # raises where they make no sense
         self.inner = inner

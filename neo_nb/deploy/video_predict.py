@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ..base.core import InputError, raise_for_disk
 from ..base.detections import Detections
 from ..base.draw import draw_boxes
+from ..base.exchange import beside_boxes
 from ..data.batch import Batch, join_batches
 from ..data.video import Frame, VideoReader, VideoWriter
 from .detector import Detector
@@ -257,11 +258,13 @@ def _line(result: FrameResult, names: tuple[str, ...]) -> str:
     "A frame as a line of JSON."
     found = result.detections
     tracks = result.tracks if result.tracks is not None else np.full(found.num_boxes, -1)
-    rows = zip(found.boxes_xyxy.tolist(), found.scores.tolist(), found.labels.tolist(), tracks.tolist())
+    columns = (found.boxes_xyxy, found.scores, found.labels, tracks)
+    rows = zip(*(column.tolist() for column in columns), beside_boxes(found))
     boxes = [
         {"box": [round(x, 2) for x in box], "score": round(score, 4), "label": names[label]}
         | ({"track": track} if track >= 0 else {})
-        for box, score, label, track in rows
+        | more
+        for box, score, label, track, more in rows
     ]
     about = {"frame": result.frame.index, "seconds": round(result.frame.seconds, 4), "detections": boxes}
     return json.dumps(about, ensure_ascii=False) + "\n"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from .export import FORMATS
-from .settings import _METRICS, aliases_of
+from .settings import aliases_of, metrics_of_task
 from ..train.config import TrainConfig
 
 # %% ../../nbs/72_jobs/23_capabilities.ipynb #854f8eef
@@ -22,6 +22,7 @@ TRAINED: dict[str, tuple[str, ...]] = {  # Test file → models that it trains
     ),
     "tests/test_task_families.py": ("rtdetr_nano_seg", "rtdetr_nano_pose", "rtmdet_ins_nano"),
     "tests/test_rtmdet.py": ("rtmdet_nano_relu",),
+    "tests/test_semantic.py": ("segformer_nano",),
 }  # fmt: skip
 _THEIRS = {"batch_size": "batch", "lr": "learning_rate", "size": "imgsz", "num_workers": "workers"}
 
@@ -62,7 +63,8 @@ def capabilities(
             "display_name": row["model"],
             "task_types": [_TASKS[task_of(row["model"])]],
         }
-        known["description"] = f"{row['boxes per image']} boxes per image; {row['input']}; weights: {row['weights']}"
+        finds = f"{row['boxes per image']} boxes per image" if row["boxes per image"] else "a class for each pixel"
+        known["description"] = f"{finds}; {row['input']}; weights: {row['weights']}"
         known["parameters"] = {"params_m": row["parameters, M"], "flops_g": row["GFLOPs"]}
         known |= {"supported": True, "validated": row["model"] in trained}
         models.append(known)
@@ -71,7 +73,7 @@ def capabilities(
         "models": models,
         "task_types": sorted({task for model in models for task in model["task_types"]}),
         "dataset_formats": ["dice"],
-        "metric_candidates_by_task": {task: list(_METRICS) for task in _TASKS.values()},
+        "metric_candidates_by_task": {theirs: metrics_of_task(ours) for ours, theirs in _TASKS.items()},
         "config_schema": {
             _THEIRS.get(name, name): _setting(name) for name in TrainConfig.model_fields if name != "model"
         },

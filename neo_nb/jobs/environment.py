@@ -275,6 +275,11 @@ class Order(_Typed):
     datasets: Bucket
     checkpoints: Bucket
 
+    @field_validator("task_type")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        return value.strip().lower().replace("-", "_")  # as everything here compares it
+
 # %% ../../nbs/72_jobs/10_environment.ipynb #aeaf8e58
 _ORDERED: dict[str, tuple[str, ...]] = {
     "task_type": ("TASK_TYPE",),

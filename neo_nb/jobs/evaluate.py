@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from ..base.run_folders import run_folders
 from .checkpoints import fetch_checkpoint, result_place
 from .dataset import bring, write_data
-from .settings import check_task, one_device, without_effect
+from .settings import check_checkpoint, check_task, one_device, without_effect
 from .supervisor import Job, supervise
 from ..train.tracking import plain_numbers
 
@@ -27,6 +27,7 @@ def _evaluate(job: Job) -> None:
     place = result_place(job)
     job.stage = "Checkpoint"
     checkpoint = fetch_checkpoint(order, job.folder)
+    check_checkpoint(order, checkpoint)
     job.stage = "Dataset"
     with bring(order, job.reporter.log) as brought:
         manifest, counts = write_data(brought, job.folder, whole=True, maps=task == "semantic")

@@ -21,7 +21,7 @@ from .checkpoints import fetch_checkpoint, result_place
 from .dataset import bring_some, write_data
 from .environment import Order
 from .reporter import now
-from .settings import check_task, without_effect
+from .settings import check_checkpoint, check_task, without_effect
 from .supervisor import Job, supervise
 
 # %% ../../nbs/72_jobs/21_export.ipynb #df334b00
@@ -88,7 +88,11 @@ def describe(
     nms = "nms_iou" in record["config"]
     about = {"framework": "neo_nb", "model_name": record["model"].replace("_", "-"), "export_format": export_format}
     about |= {"task_type": record.get("task", "detection"), "input_shape": list(image.shape), "input_dtype": "uint8"}
-    about |= {"output_shape": list(boxes.shape), "class_names": record["class_names"]}
+    about |= {
+        "output_shape": list(boxes.shape),
+        "outputs": {o.name: list(o.shape) for o in session.get_outputs()},
+        "class_names": record["class_names"],
+    }
     about |= {"num_classes": len(record["class_names"]), "created_at": now(), "export_config": dict(asked)}
     about |= {"confidence_threshold": best if best > 0 else 0.3, "iou_threshold": record["config"].get("nms_iou")}
     about["preprocessing"] = {
@@ -136,12 +140,16 @@ def _archive(job: Job, run: Path, path: Path) -> dict[str, Any]:  # metadata.jso
 def _export(job: Job) -> None:
     "Checkpoint, images that prove it, the export, the archive."
     order = job.order
-    check_task(order)
+    if check_task(order) == "semantic":
+        raise InputError(
+            "models of maps are not exported", f"TASK_TYPE {order.task_type}", "predict with the checkpoint"
+        )
     _words(order, "", Path())  # what makes no sense is said before anything is fetched
     place = result_place(job)
     job.reporter.started()
     job.stage = "Checkpoint"
     checkpoint = fetch_checkpoint(order, job.folder)
+    check_checkpoint(order, checkpoint)
     job.stage = "Dataset"
     brought = bring_some(_order_of_data(job), job.folder / "data", PROOF)
     manifest, counts = write_data(brought, job.folder, whole=True)

@@ -21,7 +21,7 @@ from ..base.run_folders import run_folders
 from .checkpoints import fetch_checkpoint, result_place
 from .environment import Order
 from .reporter import now
-from .settings import check_task, one_device, without_effect
+from .settings import check_checkpoint, check_task, one_device, without_effect
 from .storage import Folder, in_parallel, open_place
 from .supervisor import Job, supervise
 
@@ -92,23 +92,26 @@ def label_lines(
     return "".join(f"{line}\n" for line in lines)
 
 # %% ../../nbs/72_jobs/19_predict.ipynb #48c4fa92
-_HEEDED = ("conf", "iou", "imgsz", "device", "max_det", "save_txt", "save_conf", "save_crop")
+_HEEDED = ("imgsz", "device")
+_OF_BOXES = ("conf", "iou", "max_det", "save_txt", "save_conf", "save_crop")
 
 
 def _words(order: Order, checkpoint: str, folder: Path) -> tuple[list[str], list[str]]:  # Words, notes
     "The command."
-    basic, notes = order.basic, []
+    basic, notes, maps = order.basic, [], check_task(order) == "semantic"
     words = ["--debug", "predict", checkpoint, str(folder)]
-    if basic.conf is not None:
+    if basic.conf is not None and not maps:
         words += ["--threshold", str(basic.conf)]
     if basic.device:
         device, notes = one_device(basic.device)
         words += ["--device", device]
-    if basic.iou is not None:
+    if basic.iou is not None and not maps:
         notes.append(f"iou {basic.iou}: boxes of one object are told apart as the model was trained to")
     if basic.imgsz is not None:
         notes.append(f"imgsz {basic.imgsz}: the size is that of the training")
-    return words, notes + without_effect(order, _HEEDED, (f"advanced.{key}" for key in order.advanced))
+    return words, notes + without_effect(
+        order, _HEEDED if maps else _HEEDED + _OF_BOXES, (f"advanced.{key}" for key in order.advanced)
+    )
 
 
 def _crops(files: Mapping[str, Path], results: list[dict[str, Any]], folder: Path) -> None:
@@ -168,9 +171,12 @@ def _predict(job: Job) -> None:
     order = job.order
     check_task(order)
     place, prefix = result_place(job), f"inference-results/{job.address.job_id}"
+    for old in ("results", "images"):  # of an attempt before this one
+        shutil.rmtree(job.folder / old, ignore_errors=True)
     job.reporter.started()
     job.stage = "Checkpoint"
     checkpoint = fetch_checkpoint(order, job.folder)
+    check_checkpoint(order, checkpoint)
     job.stage = "Dataset"
     names = fetch_images(order, job.folder / "images")
     job.reporter.log(f"{len(names):,} images", event="dataset_loaded", data={"images": len(names)})

@@ -27,6 +27,9 @@ class Fitted:
     def __init__(self, folder="."):
         self.about = json.loads(Path(folder, "metadata.json").read_text(encoding="utf-8"))
         self.session = onnxruntime.InferenceSession(str(Path(folder, "model.onnx")))
+        self.outputs = [
+            one.name for one in self.session.get_outputs()
+        ]  # boxes, scores, labels, and masks or keypoints
         self.size = self.about["preprocessing"]["content_size"]  # (height, width) that an image is brought to
         self.frame = self.about["input_shape"][2:]  # the same, padded
         batch = self.about["input_shape"][0]
@@ -79,16 +82,20 @@ class Detector(Fitted):
         sizes = [np.array([part.shape[:2] for part in parts], np.int64) for parts in (contents, images)]
         pixels = np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
         feed = dict(zip(("images", "sizes", "original_sizes"), (pixels, *sizes)))
-        answers = zip(*self.session.run(("boxes", "scores", "labels"), feed))
-        names = self.about["class_names"]
-        return [
-            [
-                {"class_id": int(k), "class_name": names[k], "confidence": float(s), "bbox": [float(v) for v in box]}
-                for box, s, k in zip(boxes, scores, labels)
-                if s >= threshold and k >= 0
-            ]
-            for (boxes, scores, labels), _ in zip(answers, range(count))
-        ]
+        answers = dict(zip(self.outputs, self.session.run(self.outputs, feed)))
+        return [self.told({name: values[row] for name, values in answers.items()}, threshold) for row in range(count)]
+
+    def told(self, answer, threshold):
+        "What is in an image; a mask is a square of shares over its box, a keypoint x, y and a score."
+        names, found = self.about["class_names"], []
+        for row in np.flatnonzero((answer["scores"] >= threshold) & (answer["labels"] >= 0)).tolist():
+            k = int(answer["labels"][row])
+            one = {"class_id": k, "class_name": names[k], "confidence": float(answer["scores"][row])}
+            one["bbox"] = answer["boxes"][row].astype(float).tolist()
+            for key in self.outputs[3:]:  # masks or keypoints
+                one[key] = answer[key][row].astype(float).round(4).tolist()
+            found.append(one)
+        return found
 
 # %% ../../nbs/72_jobs/20_runtime.ipynb #4f07a57e
 def runtime_source() -> str:

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
 from ..base.boxes import box_area, cxcywh_to_xyxy, paired_giou, paired_iou
 from ..data.batch import Targets
@@ -60,6 +59,8 @@ def focal_loss(
     gamma: float = 2.0,  # Focus on what is not yet learned
 ) -> Float[Tensor, "*l c"]:  # Loss of each entry
     "Focal loss, element by element."
+    from torchvision.ops import sigmoid_focal_loss  # imported late: it takes longer than torch itself
+
     return sigmoid_focal_loss(logits.float(), matched.float(), alpha=alpha, gamma=gamma)
 
 # %% ../../nbs/30_losses/01_criterion.ipynb #60d47d82

@@ -20,7 +20,7 @@ from ..base.annotations import Annotations
 from ..base.core import InputError
 from ..data.batch import Batch
 from ..data.loader import make_loader
-from .contract import DetectionModel
+from .contract import DetectionModel, require_boxes
 from .fuse import fuse_norms
 from .operations import plain_convolutions
 from .quantize import QuantNetwork, Rule, calibrate
@@ -121,6 +121,7 @@ def to_int8(
             None,
             "take an RTMDet, such as rtmdet_nano_relu; of this one, neo export RUN --precision int8",
         )
+    require_boxes(model.task, model.model_name, "eight bits")
     rows = np.unique(np.linspace(0, len(table) - 1, min(images, len(table))).round().astype(int))
     own = model.preprocessing
     frame = {"size": model.size, "divisor": own.divisor, "resize": own.resize}

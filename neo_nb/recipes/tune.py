@@ -30,6 +30,7 @@ from ..base.annotations import Annotations
 from ..base.core import InputError, atomic_write, derive_seed
 from ..deploy.detector import load_detector
 from ..evaluate.operating_point import evaluate
+from ..models.contract import TASKS
 from ..models.zoo import VARIANTS
 from ..train.config import TrainConfig
 from ..train.loop import resolve_start
@@ -305,7 +306,7 @@ def hold_against(
 def _score(folder: Path, table: Annotations, config: TrainConfig) -> dict[str, float]:
     "AP, AP50 and F1 of a training's best weights."
     detector = load_detector(folder, config.device, precision=config.precision)
-    metrics = evaluate(detector.predict(table), table, max_dets=config.max_dets)
+    metrics = evaluate(detector.predict(table), table, max_dets=config.max_dets, iou_type=TASKS[detector.task])
     return {name: metrics[name] for name in ("AP", "AP50", "F1")}
 
 

@@ -60,11 +60,12 @@ def make_dataset(
     max_dets: int = 100,  # Detections that count, for each class in each image
     features: np.ndarray | None = None,  # m d: of each detection's crop; for the map and the similarity of errors
     info: Mapping[str, Any] | None = None,  # What the App shows about the data set
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`
 ) -> Any:  # fiftyone.Dataset, persistent
     "Truth, predictions, evaluation, sizes and saved views. Raises `InputError` without images."
     if not len(annotations):
         raise InputError("no images, so there is nothing to browse", annotations.name or name)
-    findings = find_all(detections, annotations, threshold, iou_threshold, max_dets)
+    findings = find_all(detections, annotations, threshold, iou_threshold, max_dets, iou_type)
     tagged = collect_tags(fo.load_dataset(name)) if fo.dataset_exists(name) else []
     dataset = fo.Dataset(f"{name} unfinished", persistent=True, overwrite=True)
     try:

@@ -53,11 +53,12 @@ def find_all(
     threshold: float,  # Score from which detections count
     iou_threshold: float = 0.5,  # An object is found from this overlap on
     max_dets: int = 100,  # Detections that count, for each class in each image
+    iou_type: str = "bbox",  # What overlaps: one of `IOU_TYPES`; doubts about labels are of boxes
 ) -> Findings:
     "Errors, doubts and counts, by one rule."
-    errors = find_errors(detections, annotations, iou_threshold, threshold, max_dets=max_dets)
+    errors = find_errors(detections, annotations, iou_threshold, threshold, max_dets=max_dets, iou_type=iou_type)
     doubts = find_label_errors(detections, annotations, errors, iou_threshold)
-    counts = image_counts(detections, annotations, threshold, iou_threshold, max_dets)
+    counts = image_counts(detections, annotations, threshold, iou_threshold, max_dets, iou_type)
     return Findings(detections, annotations, errors, doubts, counts)
 
 # %% ../../nbs/55_review/03_fiftyone_samples.ipynb #2c9d8089

@@ -4,6 +4,8 @@
 //   for (const neo::Box& box : detect({pixels, height, width}))   // RGB, row after row, 3 bytes per pixel
 //       std::printf("%s %.3f\n", neo::class_names[box.class_id], box.confidence);
 //
+// Boxes alone: masks and keypoints are the model's fourth output, which runtime.py reads and this header does not.
+//
 // c++ -std=c++17 -I ONNXRUNTIME/include main.cpp -L ONNXRUNTIME/lib -lonnxruntime
 #pragma once
 

@@ -16,12 +16,13 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
+from ...base.core import InputError
 from ...base.keypoints import COCO_PERSON, Skeleton
 from ...data.batch import Targets
 from ...losses.keypoint_loss import keypoint_terms
 from ...losses.mask_loss import to_places
 from ...losses.matcher import ByImage, Matches
-from ..contract import Outputs
+from ..contract import Outputs, extended
 from ..layers import Mlp, own_precision
 from .convert import family_with
 from .model import RTDETR, RTDETRConfig, RTDETROutputs
@@ -75,7 +76,7 @@ class PoseHead(nn.Module):
 class RTDETRPoseConfig(RTDETRConfig):
     "`RTDETRConfig` with what keypoints need."
 
-    keypoints: int = 17  # As many as the skeleton has
+    keypoints: int | None = None  # As many as the skeleton has
     rounds: int = 2  # Corrections after the guess
     pose_dets: int = 100  # Detections per image at most, each with its keypoints
 
@@ -100,6 +101,9 @@ class RTDETRPose(RTDETR):
         config: RTDETRPoseConfig = RTDETRPoseConfig(),
         skeleton: Skeleton = COCO_PERSON,  # What the keypoints are
     ):
+        if config.keypoints not in (None, len(skeleton)):
+            what = f"keypoints = {config.keypoints}, but the skeleton has {len(skeleton)}"
+            raise InputError(what, remedy="leave keypoints out: the annotations say how many there are")
         config = replace(config, keypoints=len(skeleton))
         super().__init__(num_classes, config)
         self.poses = PoseHead(config.encoder_channels, config.channels, config.keypoints, rounds=config.rounds)
@@ -127,8 +131,7 @@ def forward(
     "Detect, and keep the maps."
     maps, padded, frame = self.encode(images, sizes)
     found = self.decode(maps, padded, frame, targets)
-    plain = {f.name: getattr(found, f.name) for f in fields(found)}
-    return RTDETRPoseOutputs(**plain, maps=maps[: self.poses.count])
+    return extended(found, RTDETRPoseOutputs, maps=maps[: self.poses.count])
 
 
 @patch
@@ -147,8 +150,7 @@ def detect(
     own = outputs.boxes.gather(1, chosen[..., None].expand(-1, -1, 4)).float()
     rounds, seen = self.poses(outputs.maps, queries, own)
     factor = (original_sizes / sizes).flip(-1)[:, None, None]  # pixels of the original per pixel of the input, x and y
-    limit = original_sizes.flip(-1)[:, None, None].float()
-    places = torch.minimum((_pixels(rounds[-1], outputs.padded) * factor).clamp(min=0), limit)
+    places = _pixels(rounds[-1], outputs.padded) * factor
     return boxes, scores, labels, torch.cat([places, seen.sigmoid()[..., None]], -1)
 
 # %% ../../../nbs/40_models/10_rtdetr/07_pose.ipynb #b16cd599

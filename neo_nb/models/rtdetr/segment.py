@@ -23,7 +23,7 @@ from ...data.batch import Targets
 from ...losses.dense_loss import as_fractions
 from ...losses.mask_loss import box_spots, jitter_boxes, mask_terms, mask_truths, read_squares, to_places
 from ...losses.matcher import ByImage, Matches
-from ..contract import Outputs
+from ..contract import Outputs, extended
 from ..layers import ConvNorm, Mlp, own_precision
 from .convert import family_with
 from .model import RTDETR, RTDETRConfig, RTDETROutputs
@@ -124,8 +124,7 @@ def forward(
     "Detect, and make the prototypes."
     maps, padded, frame = self.encode(images, sizes)
     found = self.decode(maps, padded, frame, targets)
-    plain = {f.name: getattr(found, f.name) for f in fields(found)}
-    return RTDETRSegOutputs(**plain, prototypes=self.masks.make_prototypes(maps[0]))
+    return extended(found, RTDETRSegOutputs, prototypes=self.masks.make_prototypes(maps[0]))
 
 
 @patch

@@ -12,6 +12,7 @@ __all__ = ['UNIT', 'MASK_WEIGHT', 'MOST', 'VARIANTS', 'FAMILY', 'MaskBranch', 'R
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from ...data.batch import Targets
 from ...losses.dense_loss import as_fractions, dense_loss
 from ...losses.mask_loss import box_spots, jitter_boxes, mask_terms, mask_truths, read_squares, to_places
 from ...losses.matcher import ByImage
-from ..contract import Outputs
+from ..contract import Outputs, extended
 from ..external import External, Family
 from ..layers import ConvNorm
 from ..nms import choose_boxes
@@ -109,8 +110,7 @@ def forward(
     logits, raw = (torch.cat([x.flatten(2) for x in xs], 2).transpose(1, 2) for xs in self.head(maps))
     found = self.outputs_of(logits, raw, padded, maps[-1] if self.training else None)
     prototypes, numbers = self.masks(maps)
-    plain = {f.name: getattr(found, f.name) for f in fields(found)}
-    return RTMDetInsOutputs(**plain, prototypes=prototypes, numbers=numbers)
+    return extended(found, RTMDetInsOutputs, prototypes=prototypes, numbers=numbers)
 
 # %% ../../../nbs/40_models/18_rtmdet/05_segment.ipynb #8ac57e5b
 @patch
@@ -167,9 +167,10 @@ def draw_terms(
 ) -> Float[Tensor, "2"]:  # Cross entropy and dice, summed by quality
     "How far the masks are."
     truths = mask_truths(targets, outputs.padded)
-    starts = torch.tensor([0, *(len(t) for t in targets)], device=objects.device).cumsum(0)[:-1]
+    starts = accumulate((len(target) for target in targets), initial=0)
+    whole = torch.stack([own + start for own, start in zip(objects, starts)])  # rows of all objects of the batch
     image, cell = torch.nonzero(objects >= 0, as_tuple=True)
-    thing = objects[image, cell] + starts[image]
+    thing = whole[image, cell]
     kept = truths.present[thing]
     image, cell, thing = image[kept], cell[kept], thing[kept]
     weight, rows = quality[image, cell], ByImage(image, len(targets))

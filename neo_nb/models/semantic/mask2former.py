@@ -137,7 +137,7 @@ _THEIRS = {"ce": "loss_cross_entropy", "mask": "loss_mask", "dice": "loss_dice"}
 
 
 def masks_of(
-    classes: Shaped[Tensor, "h w"],  # A map; 255 is in no mask
+    classes: Shaped[Tensor, "h w"],  # A map; 255 is in no mask, and is learned as outside of all of them
 ) -> tuple[Float[Tensor, "n h w"], Int64[Tensor, "n"]]:  # Masks of the classes that it has, and which they are
     "A map as masks."
     present = classes.unique()
@@ -166,10 +166,12 @@ def loss(
     weights: float | None = None,  # Of all its queries; likewise
 ) -> dict[str, Float[Tensor, ""]]:
     "Weighted terms by name: the last layer's, and those of the layers before with a number each."
-    own = self.loss_counts(targets)
-    masks = max(1.0, own["masks"]) if masks is None else masks
-    share = own["weights"] / (own["weights"] if weights is None else weights)
     truth, labels = zip(*map(masks_of, truth_of(targets, outputs.padded)))
+    queries = self.config.num_queries
+    here = sum(min(len(own), queries) for own in labels)
+    own = here + NO_OBJECT * (queries * len(targets) - here)
+    masks = max(1.0, float(here)) if masks is None else masks
+    share = own / (own if weights is None else weights)
     terms = {}
     for number, layer in enumerate(outputs.layers):
         found = self._layer_loss(*layer, truth, labels, masks)

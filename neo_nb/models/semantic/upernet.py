@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...base.core import InputError, check_choice
 from ...data.batch import Targets
+from ..backbones import steady_norms
 from ..contract import Preprocessing
 from ..external import External, Family, class_names_of
 from .model import SemanticModel, SemanticOutputs, open_network, pixel_loss, prefixed, truth_of
@@ -79,7 +80,7 @@ class UperNet(SemanticModel):
         from transformers import UperNetForSemanticSegmentation
 
         super().__init__(num_classes, config, Preprocessing(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        self.network: nn.Module = UperNetForSemanticSegmentation(reference_config(config, num_classes))
+        self.network: nn.Module = steady_norms(UperNetForSemanticSegmentation(reference_config(config, num_classes)))
 
     @property
     def feature_channels(self) -> int:
@@ -108,10 +109,6 @@ def forward(
     targets: tuple[Targets, ...] | None = None,  # Not needed
 ) -> UperNetOutputs:
     "Scores of the classes at stride 4."
-    if len(images) == 1 and self.network.decode_head.bottleneck.batch_norm.training:
-        raise InputError(
-            f"{self.model_name} learns from two images at once or more", None, "choose a larger batch_size"
-        )
     maps, padded = self._maps(images, sizes)
     more: dict[str, Tensor] = {"features": maps[-1]} if self.training else {}
     if self.training and self.network.auxiliary_head is not None:

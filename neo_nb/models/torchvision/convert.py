@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['RETINANETS', 'FASTER_RCNNS', 'MASK_RCNNS', 'SSDLITES', 'FCOSES', 'FAMILIES', 'coco_names', 'pyramid_of',
            'convert_retinanet', 'convert_fcos', 'two_stage', 'convert_faster_rcnn', 'convert_mask_rcnn',
-           'convert_ssdlite', 'check_ssdlite']
+           'convert_ssdlite', 'check_ssdlite', 'check_two_stage']
 
 # %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #6b631ac6
 import re
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...base.core import InputError
 from ..external import External, Family
-from .faster_rcnn import FasterRCNN, FasterRCNNConfig
+from .faster_rcnn import SHARES, FasterRCNN, FasterRCNNConfig
 from .fcos import FCOS, FCOSConfig
 from .mask_rcnn import MaskRCNN, MaskRCNNConfig
 from .pyramid import check_config
@@ -223,6 +223,16 @@ def check_ssdlite(
         raise InputError(f"width = {config.width}", "--model-settings", "a factor above 0")
 
 # %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #b0d616fb
+def check_two_stage(
+    config: FasterRCNNConfig,
+) -> None:
+    "Raise `InputError` also for a cascade that has no such heads."
+    check_config(config)
+    if not 1 <= len(config.ious) <= len(SHARES) or list(config.ious) != sorted(config.ious):
+        what = f"ious = {config.ious}: one head, or a cascade of up to {len(SHARES)} that ask for more and more"
+        raise InputError(what, "--model-settings", "such as (0.5, 0.6, 0.7)")
+
+
 def _family(name: str, model: type, config: type, variants: dict, convert, source: str, check=check_config) -> Family:
     return Family(name, model, config, variants, convert, check, "BSD-3-Clause", source)
 
@@ -230,7 +240,15 @@ def _family(name: str, model: type, config: type, variants: dict, convert, sourc
 FAMILIES: tuple[Family, ...] = (
     _family("retinanet", RetinaNet, RetinaNetConfig, RETINANETS, convert_retinanet, "arXiv 1708.02002"),
     _family("fcos", FCOS, FCOSConfig, FCOSES, convert_fcos, "arXiv 1904.01355"),
-    _family("faster_rcnn", FasterRCNN, FasterRCNNConfig, FASTER_RCNNS, convert_faster_rcnn, "arXiv 1506.01497"),
-    _family("mask_rcnn", MaskRCNN, MaskRCNNConfig, MASK_RCNNS, convert_mask_rcnn, "arXiv 1703.06870"),
+    _family(
+        "faster_rcnn",
+        FasterRCNN,
+        FasterRCNNConfig,
+        FASTER_RCNNS,
+        convert_faster_rcnn,
+        "arXiv 1506.01497",
+        check_two_stage,
+    ),
+    _family("mask_rcnn", MaskRCNN, MaskRCNNConfig, MASK_RCNNS, convert_mask_rcnn, "arXiv 1703.06870", check_two_stage),
     _family("ssdlite", SSDLite, SSDLiteConfig, SSDLITES, convert_ssdlite, "arXiv 1801.04381", check_ssdlite),
 )

@@ -8,8 +8,7 @@
 __all__ = ['CROP', 'SIDE', 'MaskRCNNConfig', 'MaskHead', 'MaskRCNNOutputs', 'MaskRCNN', 'pick_objects']
 
 # %% ../../../nbs/40_models/16_torchvision/09_mask_rcnn.ipynb #1648c032
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from ...base.boxes import xyxy_to_cxcywh
 from ...data.batch import Targets
 from ...losses.dense_loss import as_fractions
 from ...losses.mask_loss import box_spots, mask_truths, read_squares, to_places
+from ..contract import extended
 from ..layers import own_precision
 from .anchors import contents, match_objects, objects_of
 from .box_head import SHARE
@@ -78,11 +78,6 @@ class MaskRCNN(FasterRCNN):
         self.parts = (*self.parts, "masks")
         self.class_heads = (*self.class_heads, "masks.score.")
 
-    @staticmethod
-    def count_classes(tensors: dict[str, Tensor]) -> int:
-        "As a detector's."
-        return FasterRCNN.count_classes(tensors)
-
 # %% ../../../nbs/40_models/16_torchvision/09_mask_rcnn.ipynb #e3dd4b42
 @patch
 def forward(
@@ -94,8 +89,7 @@ def forward(
     "Detect, without turning the result into pixels. Raises `InputError` for contents larger than the input."
     maps, frame = self.features(images, sizes)
     found = self.answer(maps, frame, contents(images, sizes), targets)
-    plain: dict[str, Any] = {f.name: getattr(found, f.name) for f in fields(found)}
-    return MaskRCNNOutputs(**plain, maps=tuple(maps[:-1]))
+    return extended(found, MaskRCNNOutputs, maps=tuple(maps[:-1]))
 
 
 @patch

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...base.boxes import box_iou, xyxy_to_cxcywh
 from ...data.batch import Targets, check_contents
 from ...losses.dense_loss import as_fractions
-from ..backbones import freeze_norms
+from ..backbones import freeze_norms, steady_norms
 from ..contract import DetectionModel, Preprocessing
 from ..layers import cache_by_size
 from neo_nb.models.torchvision.anchors import (
@@ -144,6 +144,7 @@ class SSDLite(DetectionModel):
         channels = [whole.features[strided[-1]].block[0].out_channels, last, 512, 256, 256, 128]
         self.backbone = SSDLiteFeatureExtractorMobileNet(whole.features, strided[-1], norm)
         self.head = SSDLiteHead(num_classes, channels, norm)
+        steady_norms(self)
         if config.freeze_bn:
             freeze_norms(self.backbone)
 
