@@ -2,7 +2,9 @@
 
 python .ci/chapters.py [PATH]"""
 
+import os
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,12 +16,18 @@ PROCESSES, CHAPTERS = 2, 12  # At once; that both run before others take over: a
 
 
 def some_at_a_time(function: Any, files: list[Path], n_workers: int, pause: float, **settings: Any) -> list:
-    "What nbdev asks of its own pool, which keeps its processes to the end."
+    "What nbdev asks of its own pool, which keeps its processes to the end; the files that chapters write go with them."
     found: list = []
     for start in range(0, len(files), CHAPTERS):
-        with ProcessPoolExecutor(PROCESSES) as pool:
-            found += pool.map(partial(function, **settings), files[start : start + CHAPTERS])
+        with tempfile.TemporaryDirectory(prefix="chapters-", ignore_cleanup_errors=True) as folder:
+            with ProcessPoolExecutor(PROCESSES, initializer=write_to, initargs=(folder,)) as pool:
+                found += pool.map(partial(function, **settings), files[start : start + CHAPTERS])
     return found
+
+
+def write_to(folder: str) -> None:
+    "`tempfile` of this process and of those that it starts."
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def attach_maps(
         )
     owner: dict[str, int] = {}
     for row, file in enumerate(files):
-        if file and owner.setdefault(file, row) != row:
+        if file and table.file_names[owner.setdefault(file, row)] != table.file_names[row]:
             what = f"is the map of image {table.image_ids[owner[file]]} and of image {table.image_ids[row]}"
             raise InputError(what, file, "put the maps into folders as the images are")
     return replace(table, semantic_files=files, semantic_names=tuple(names))

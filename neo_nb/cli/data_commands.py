@@ -131,7 +131,7 @@ def data_tile(
     overwrite: bool = False,  # Replace a manifest of that name
 ) -> Result:
     "Cut a data set into tiles: a data set of its own, with a manifest."
-    from neo_nb.data.manifest import load_dataset, load_manifest
+    from neo_nb.data.manifest import load_all, load_manifest
     from neo_nb.data.tiles import save_tiled
 
     check_tile(tile, overlap)
@@ -142,7 +142,7 @@ def data_tile(
         raise InputError(
             "there is a data set of that name already", target, "choose another name (--to) or --overwrite"
         )
-    tables = {key: load_dataset(name, check_choice(key, manifest.splits, "split")) for key in split or manifest.splits}
+    tables = {key: load_all(name, check_choice(key, manifest.splits, "split")) for key in split or manifest.splits}
     rule = {"empty": empty, "oversample_small": oversample_small}
     message = save_tiled(tables, manifest, target, tile, overlap, rule)
     lines = [f"{key:8} {one['tiles']:>7,} tiles: {one['whole']:,} boxes whole, {one['cut']:,} cut, {one['ignored']:,} "

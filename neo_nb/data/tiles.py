@@ -290,28 +290,27 @@ def make_tiles(
         files.append(f"images/{row:06d}-{window[0]}-{window[1]}.jpg")
         if not (folder / files[-1]).exists():
             save_image(regions.read(window), folder / files[-1], quality=95)
-    table = replace(
-        table, file_names=np.array(files), semantic_files=_cut_maps(annotations, table, folder), root=folder
-    )
+    maps = _cut_maps(annotations, table, files, folder)
+    table = replace(table, file_names=np.array(files), semantic_files=maps, root=folder)
     save_annotations(replace(table, root=Path(".")), folder / "table")
     with atomic_write(done) as path:
         path.write_text(json.dumps({"asked": wanted, "said": stats.__dict__}))
     return table, stats
 
 # %% ../../nbs/20_data/19_tiles.ipynb #cc8e536d
-def _cut_maps(annotations: Annotations, table: Annotations, folder: Path) -> list[str] | None:
-    "A map for each tile of an image that has one."
+def _cut_maps(annotations: Annotations, table: Annotations, images: list[str], folder: Path) -> list[str] | None:
+    "A map for each tile of an image that has one, named as the tile."
     if table.semantic_files is None:
         return None
     files, known = [], ("", np.zeros((0, 0), np.uint8))
-    for name, source in zip(table.image_ids, table.semantic_files.tolist()):
-        image, (x1, y1, x2, y2) = parse_tile_id(name)
+    for name, image, source in zip(table.image_ids, images, table.semantic_files.tolist()):
+        x1, y1, x2, y2 = parse_tile_id(name)[1]
         if not source:
             files.append("")
             continue
         if known[0] != source:
             known = (source, read_map(annotations.root / source))
-        files.append(f"maps/{image}-{x1}-{y1}.png")
+        files.append(f"maps/{Path(image).stem}.png")
         if not (folder / files[-1]).exists():
             write_map(known[1][y1:y2, x1:x2], folder / files[-1])
     return files
@@ -348,14 +347,16 @@ def save_tiled(
         cut, one = make_tiles(table, root / split, tile, overlap=overlap, **mine)
         in_root = replace(cut, root=root, file_names=np.array([f"{split}/{file}" for file in cut.file_names]))
         write_coco(in_root, root / f"{split}.json")
-        splits[split] = Split(annotations=f"{split}.json", images=".")
+        splits[split] = Split(
+            annotations=f"{split}.json", images=".", maps=f"{split}/maps" if cut.semantic_names else None
+        )
         stats[split] = one.__dict__
         drawn[split] = cut.weights
     title = f"{manifest.title or manifest.name}, in tiles of {tile[0]} x {tile[1]}"
     classes = list(next(iter(tables.values())).class_names)
     made = Manifest(
         name=name, title=title, format="coco", root=name, licence=manifest.licence, classes=classes, splits=splits,
-        labelled_by=manifest.labelled_by,
+        labelled_by=manifest.labelled_by, map_classes=list(next(iter(tables.values())).semantic_names),
     )  # fmt: skip
     heavy = {split: weights for split, weights in drawn.items() if (weights != 1).any()}
     mined = {"mined": _keep_weights(made, manifest, heavy, Path(target))} if heavy else {}

@@ -127,7 +127,7 @@ def metrics_of_task(
     "What is measured of a model."
     return [name for name in _METRICS if (name == "mIoU") == (task == "semantic")]
 
-
+# %% ../../nbs/72_jobs/16_settings.ipynb #5ba264b6
 _SCHEDULES = {
     "cosine": ("cosine", "cos", "cosineannealing", "cosineannealinglr", "cosine_annealing"),
     "flatcosine": ("flatcosine", "flat_cosine"),

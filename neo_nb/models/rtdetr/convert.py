@@ -10,7 +10,7 @@ __all__ = ['LEVELS', 'PARTS', 'INSIDE', 'DERIVED', 'FAMILY', 'convert_key', 'con
 
 # %% ../../../nbs/40_models/10_rtdetr/05_convert.ipynb #36c21a71
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 
 import torch
@@ -233,12 +233,13 @@ FAMILY = Family(
     _PUBLISHED,
 )
 
-
+# %% ../../../nbs/40_models/10_rtdetr/05_convert.ipynb #19519ba8
 def family_with(
     ending: str,  # Of its names, such as seg
     model: type[RTDETR],  # That finds more than boxes
     config: type[RTDETRConfig],  # With what it needs for that
     source: str,  # Paper
+    memory: Mapping[str, tuple[float, float, float]],  # As `Family.memory`, by backbone
 ) -> Family:
     "A family that does more than a detector, and whose weights begin as one's: nobody publishes its own."
     named = {
@@ -249,6 +250,7 @@ def family_with(
         to: config(**{field.name: getattr(VARIANTS[name], field.name) for field in fields(RTDETRConfig)})
         for name, to in named.items()
     }
-    memory, published = ({to: of[name] for name, to in named.items() if name in of} for of in (_MEMORY, _PUBLISHED))
-    rest = (check_config, FAMILY.licence, f"arXiv 2304.08069, {source}", memory, published)
+    need = {to: memory[name.rpartition("_")[2]] for name, to in named.items()}
+    published = {to: _PUBLISHED[name] for name, to in named.items() if name in _PUBLISHED}
+    rest = (check_config, FAMILY.licence, f"arXiv 2304.08069, {source}", need, published)
     return Family(f"rtdetr_{ending}", model, config, variants, lambda tensors, settings: None, *rest)

@@ -209,5 +209,6 @@ def loss(
     return terms
 
 # %% ../../../nbs/40_models/10_rtdetr/07_pose.ipynb #f110ca5e
-FAMILY = family_with("pose", RTDETRPose, RTDETRPoseConfig, "2302.01593")
+_MEMORY = {"nano": (1.93, 422, 261), "r18": (20.59, 1235, 796), "r50": (43.35, 1838, 1153)}
+FAMILY = family_with("pose", RTDETRPose, RTDETRPoseConfig, "2302.01593", _MEMORY)
 VARIANTS = FAMILY.variants

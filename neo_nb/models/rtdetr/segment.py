@@ -196,5 +196,6 @@ def loss(
     return terms
 
 # %% ../../../nbs/40_models/10_rtdetr/06_segment.ipynb #8ba561d5
-FAMILY = family_with("seg", RTDETRSeg, RTDETRSegConfig, "2212.07784")
+_MEMORY = {"nano": (2.07, 460, 266), "r18": (21.54, 1330, 807), "r50": (44.30, 1932, 1162)}
+FAMILY = family_with("seg", RTDETRSeg, RTDETRSegConfig, "2212.07784", _MEMORY)
 VARIANTS = FAMILY.variants

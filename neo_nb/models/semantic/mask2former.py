@@ -260,7 +260,14 @@ def check_config(config: Mask2FormerConfig) -> None:
 
 _PUBLISHED = {f"mask2former_swin_{ours}": f"facebook/mask2former-swin-{theirs}-ade-semantic"
               for ours, theirs in (("tiny", "tiny"), ("small", "small"), ("base", "base-IN21k"), ("large", "large"))}  # fmt: skip
+_MEMORY = {
+    "mask2former_nano": (1.08, 538, 346),
+    "mask2former_swin_tiny": (47.42, 6317, 4528),
+    "mask2former_swin_small": (68.74, 7628, 5416),
+    "mask2former_swin_base": (106.91, 10150, 7534),
+    "mask2former_swin_large": (215.53, 14381, 11386),
+}
 FAMILY = Family(
     "mask2former", Mask2Former, Mask2FormerConfig, VARIANTS, convert, check_config, "MIT", "arXiv 2112.01527",
-    published=_PUBLISHED,
+    memory=_MEMORY, published=_PUBLISHED,
 )  # fmt: skip

@@ -153,7 +153,16 @@ def check_config(config: SegFormerConfig) -> None:
 
 _PUBLISHED = {f"segformer_b{n}": f"nvidia/segformer-b{n}-finetuned-ade-{640 if n == 5 else 512}-{640 if n == 5 else 512}"
               for n in range(6)}  # fmt: skip
+_MEMORY = {
+    "segformer_nano": (0.67, 334, 182),
+    "segformer_b0": (3.73, 1184, 616),
+    "segformer_b1": (13.70, 1815, 955),
+    "segformer_b2": (27.41, 3843, 2004),
+    "segformer_b3": (47.28, 4984, 2624),
+    "segformer_b4": (64.05, 6426, 3387),
+    "segformer_b5": (84.65, 7370, 3910),
+}
 FAMILY = Family(
     "segformer", SegFormer, SegFormerConfig, VARIANTS, convert, check_config,
-    "NVIDIA Source Code License for SegFormer (not for commercial use)", "arXiv 2105.15203", published=_PUBLISHED,
+    "NVIDIA Source Code License for SegFormer (not for commercial use)", "arXiv 2105.15203", memory=_MEMORY, published=_PUBLISHED,
 )  # fmt: skip

@@ -203,7 +203,15 @@ def check_config(config: UperNetConfig) -> None:
 
 
 _PUBLISHED = {name: f"openmmlab/{name.replace('_', '-')}" for name in VARIANTS if name != "upernet_nano"}
+_MEMORY = {
+    "upernet_nano": (1.07, 457, 263),
+    "upernet_convnext_tiny": (60.19, 3904, 2152),
+    "upernet_convnext_small": (81.82, 5201, 2853),
+    "upernet_convnext_base": (122.05, 6370, 3545),
+    "upernet_swin_tiny": (59.89, 3941, 2417),
+    "upernet_swin_small": (81.21, 5255, 3307),
+}
 FAMILY = Family(
     "upernet", UperNet, UperNetConfig, VARIANTS, convert, check_config, "MIT", "arXiv 1807.10221",
-    published=_PUBLISHED,
+    memory=_MEMORY, published=_PUBLISHED,
 )  # fmt: skip

@@ -232,9 +232,28 @@ def check_two_stage(
         what = f"ious = {config.ious}: one head, or a cascade of up to {len(SHARES)} that ask for more and more"
         raise InputError(what, "--model-settings", "such as (0.5, 0.6, 0.7)")
 
+# %% ../../../nbs/40_models/16_torchvision/11_convert.ipynb #8738707c
+_MEMORY = {
+    "retinanet_nano": (1.84, 383, 226),
+    "retinanet_r50": (37.97, 2142, 1200),
+    "fcos_nano": (1.30, 300, 164),
+    "fcos_r50": (32.30, 2101, 1147),
+    "faster_rcnn_nano": (1.58, 321, 178),
+    "faster_rcnn_mobilenet": (19.36, 963, 529),
+    "faster_rcnn_r50": (43.66, 2805, 1530),
+    "cascade_rcnn_nano": (2.39, 329, 184),
+    "cascade_rcnn_r50": (73.92, 3944, 2174),
+    "mask_rcnn_nano": (1.63, 346, 203),
+    "mask_rcnn_r50": (46.30, 3626, 2351),
+    "cascade_mask_rcnn_r50": (76.57, 4765, 2995),
+    "ssdlite_nano": (1.44, 363, 185),
+    "ssdlite_mobilenet": (3.30, 935, 475),
+}
+
 
 def _family(name: str, model: type, config: type, variants: dict, convert, source: str, check=check_config) -> Family:
-    return Family(name, model, config, variants, convert, check, "BSD-3-Clause", source)
+    memory = {variant: _MEMORY[variant] for variant in variants}
+    return Family(name, model, config, variants, convert, check, "BSD-3-Clause", source, memory)
 
 
 FAMILIES: tuple[Family, ...] = (

@@ -200,7 +200,11 @@ def convert(
     return External(new, names, "keypoint_rcnn_r50", known, (800, 1333), skeleton=person)
 
 
+_MEMORY = {
+    "keypoint_rcnn_nano": (1.67, 349, 206),
+    "keypoint_rcnn_r50": (59.59, 3186, 2282),
+}
 FAMILY = Family(
     "keypoint_rcnn", KeypointRCNN, KeypointRCNNConfig, VARIANTS, convert, check_two_stage, "BSD-3-Clause",
-    "arXiv 1703.06870",
+    "arXiv 1703.06870", _MEMORY,
 )  # fmt: skip

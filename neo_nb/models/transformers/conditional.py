@@ -105,8 +105,12 @@ def check_config(
     check_weights(config.backbone, config.pretrained)
 
 
+_MEMORY = {
+    "conditional_detr_nano": (1.51, 187, 112),
+    "conditional_detr_r50": (43.42, 1173, 1579),
+}
 FAMILY = Family(
     "conditional_detr", ConditionalDETR, ConditionalDETRConfig, VARIANTS, convert, check_config, "Apache-2.0",
-    "arXiv 2108.06152", {"conditional_detr_nano": (2, 187, 112), "conditional_detr_r50": (43, 1172, 1578)},
+    "arXiv 2108.06152", _MEMORY,
     {"conditional_detr_r50": "microsoft/conditional-detr-resnet-50"},
 )  # fmt: skip

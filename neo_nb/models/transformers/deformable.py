@@ -146,9 +146,9 @@ def check_config(
 _PUBLISHED = {"deformable_detr_r50": "SenseTime/deformable-detr",
               "deformable_detr_r50_refine": "SenseTime/deformable-detr-with-box-refine"}  # fmt: skip
 _MEMORY = {
-    "deformable_detr_nano": (1, 397, 283),
-    "deformable_detr_r50": (40, 5158, 4844),
-    "deformable_detr_r50_refine": (40, 5158, 4844),
+    "deformable_detr_nano": (1.42, 397, 283),
+    "deformable_detr_r50": (40.07, 5158, 4845),
+    "deformable_detr_r50_refine": (40.83, 5168, 4853),
 }
 FAMILY = Family(
     "deformable_detr", DeformableDETR, DeformableDETRConfig, VARIANTS, convert, check_config, "Apache-2.0",

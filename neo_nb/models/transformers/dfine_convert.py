@@ -107,10 +107,12 @@ def check_config(
 
 
 _MEMORY = {
-    "dfine_nano": (1, 524, 292),
-    "dfine_n": (4, 766, 452),
-    "dfine_s": (10, 1504, 892),
-    "dfine_m": (20, 2377, 1397),
+    "dfine_nano": (1.14, 520, 291),
+    "dfine_n": (3.78, 768, 455),
+    "dfine_s": (10.32, 1502, 892),
+    "dfine_m": (19.59, 2376, 1398),
+    "dfine_l": (31.24, 2489, 1936),
+    "dfine_x": (62.62, 3650, 2820),
 }
 FAMILY = Family(
     "dfine", DFINE, DFINEConfig, VARIANTS, convert, check_config, "Apache-2.0", "arXiv 2410.13842", _MEMORY, _PUBLISHED

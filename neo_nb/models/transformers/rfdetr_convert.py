@@ -122,7 +122,14 @@ def check_config(
 
 
 _PUBLISHED = {f"rfdetr_{size}": f"Roboflow/rf-detr-{size}" for size in ("nano", "small", "medium", "base")}
-_MEMORY = {"rfdetr_tiny": (1, 403, 233), "rfdetr_nano": (30, 2218, 1425)}
+_MEMORY = {
+    "rfdetr_tiny": (0.57, 403, 233),
+    "rfdetr_nano": (30.43, 2221, 1427),
+    "rfdetr_small": (32.07, 2488, 1612),
+    "rfdetr_medium": (33.65, 2755, 1797),
+    "rfdetr_large": (33.89, 2755, 1797),
+    "rfdetr_base": (32.13, 3187, 1999),
+}
 FAMILY = Family(
     "rfdetr",
     RFDETR,
