@@ -22,6 +22,7 @@ COMMANDS: dict[str, Callable] = {
     "export_edge": deploy_commands.export,
     "export_engine": deploy_commands.export,
     "export_int8": deploy_commands.export,
+    "export_maps": deploy_commands.export,
     "benchmark": deploy_commands.benchmark,
     "benchmark_transformers": deploy_commands.benchmark,
     "benchmark_runtimes": deploy_commands.benchmark,

@@ -10,7 +10,17 @@ import torch
 from test_cli import coco, neo, workplace  # noqa: F401  fixtures
 
 from neo_nb.deploy.detector import INPUTS, OUTPUTS, TorchDetector, load_detector
-from neo_nb.deploy.onnx import BOUNDS, Exported, NotProven, compare, export_onnx, prove, settle, verify_onnx
+from neo_nb.deploy.onnx import (
+    BOUNDS,
+    Exported,
+    NotProven,
+    compare,
+    export_onnx,
+    prove,
+    settle,
+    verdict_text,
+    verify_onnx,
+)
 from neo_nb.models.weights import save_weights
 from neo_nb.models.zoo import create_model
 
@@ -106,7 +116,7 @@ def test_a_file_that_finds_the_same_is_proven_and_gets_its_name(made, tmp_path):
     assert proof["detections"] > 50 and proof["score_difference"] < BOUNDS["fp32"].score / 10
     copy = tmp_path / "x.unproven.onnx"
     copy.write_bytes(path.read_bytes())
-    assert settle(copy, proof) == tmp_path / "x.onnx"
+    assert settle(copy, proof["verdict"], verdict_text(proof)) == tmp_path / "x.onnx"
     assert [p.name for p in tmp_path.iterdir()] == ["x.onnx"]
 
 
@@ -117,7 +127,7 @@ def test_a_file_with_other_weights_fails_and_the_message_says_what_where_and_wha
     assert proof["verdict"] == "differs" and proof["apart"] > 20 and proof["agreement"] < 0.9
     assert 0.001 < proof["score_difference"] < 0.02, "too little for AP to see"
     with pytest.raises(NotProven) as caught:
-        settle(other, proof, ["a.jpg", "b.jpg", "c.jpg", "d.jpg"])
+        settle(other, proof["verdict"], verdict_text(proof, ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]))
     message = str(caught.value)
     assert "\n" not in message and str(other) in message and other.exists() and not (tmp_path / "model.onnx").exists()
     for words in ("differs: ", f"of {proof['detections']} detections above 0.05 agree", ".jpg: ", "both have ",
@@ -143,7 +153,7 @@ def test_where_nothing_is_found_nothing_is_proven(made, tmp_path):
     proof = prove(*detections(model, path))
     assert (proof["verdict"], proof["detections"]) == ("not proven", 0)
     with pytest.raises(NotProven, match="nothing was compared; the file is kept as .*prove it on images with objects"):
-        settle(path, proof)
+        settle(path, proof["verdict"], verdict_text(proof))
     assert prove(*detections(model, made[1]))["verdict"] == "differs", "only one of them finds nothing"
 
 
@@ -152,7 +162,7 @@ def test_a_weak_detector_that_agrees_is_proven(tmp_path):
     path = export_onnx(model, tmp_path / "model.unproven.onnx", size=SIZE)
     proof = prove(*detections(model, path))
     assert proof["verdict"] == "proven" and 0 < proof["detections"] < 40
-    assert settle(path, proof).name == "model.onnx"
+    assert settle(path, proof["verdict"], verdict_text(proof)).name == "model.onnx"
 
 
 def test_the_command_says_not_proven_and_fails(neo, workplace):  # noqa: F811

@@ -17,7 +17,7 @@ from neo_nb.base.core import InputError
 from neo_nb.deploy.detector import TorchDetector, load_detector
 from neo_nb.deploy.half import to_half
 from neo_nb.deploy.int8_onnx import Int8File, Judge, choose_kept, count_products, draw_images, group_of, measure_groups
-from neo_nb.deploy.onnx import CALIBRATED, NotProven, export_onnx, prove, settle
+from neo_nb.deploy.onnx import CALIBRATED, NotProven, export_onnx, prove, settle, verdict_text
 from neo_nb.models.weights import save_weights
 from neo_nb.models.zoo import create_model
 
@@ -165,7 +165,7 @@ def test_a_file_that_finds_something_else_fails_the_gate(made, net, tmp_path):
     proof = prove(expected, bad, CALIBRATED, ap=(0.58, 0.58))
     assert proof["agreement"] < 0.6 < prove(expected, good, CALIBRATED)["agreement"]
     with pytest.raises(NotProven, match="differs: .*needed 75"):
-        settle(file, proof)
+        settle(file, proof["verdict"], verdict_text(proof))
     lost = prove(expected, expected, CALIBRATED, ap=(0.58, 0.56))
     assert (lost["verdict"], lost["min_iou"]) == ("differs", 0.5), "more AP is lost than the limit"
 

@@ -152,8 +152,21 @@ def test_the_commands_train_evaluate_and_predict(tmp_path):
         drawn = cv2.imread(str(third / row["map"]), cv2.IMREAD_UNCHANGED)
         assert list(drawn.shape) == row["size"] == [96, 160] and drawn.max() < 4
     assert len(list((third / "images").glob("*.jpg"))) == 2 and (third / "report.html").is_file()
+    for precision, least in (("fp16", 0.99),):
+        found = neo("export", "1", "--precision", precision, "--data", str(manifest), "--json", **known)
+        assert found.returncode == 0, found.stderr[-2000:]
+        file = max((tmp_path / "reports").glob("*/model.onnx"), key=lambda file: file.parent.name)
+        told = json.loads((file.parent / "export.json").read_text())
+        assert told["passed"] and told["agreement"] >= least and told["precision"] == precision
+        assert "load_segmenter" in (file.parent / "report.html").read_text()
+    found = neo("evaluate", str(file), "--data", str(manifest), **known)
+    assert found.returncode == 0, found.stderr[-2000:]
+    found = neo("predict", str(file), str(images[0]), **known)
+    assert found.returncode == 0 and "a map each" in found.stdout, found.stderr[-2000:]
     for words, why in (
-        (("predict", str(run), str(images[0]), "--threshold", ".5"), "a map for each image and no boxes"),
+        (("export", "1", "--to", "torch"), "maps are written as ONNX files"),
+        (("predict", str(run), str(images[0]), "--threshold", ".5"), "a model of maps does not take --threshold"),
+        (("predict", str(run), str(images[0]), "--image-seconds", "1"), "does not take --image-seconds"),
         (("errors", str(run)), "no boxes"),
     ):
         found = neo(*words, **known)

@@ -6,8 +6,8 @@
 
 # %% auto #0
 __all__ = ['Rule', 'TRAINING', 'DEMO', 'Result', 'relative', 'check_data', 'run_notebook', 'go_on', 'find_detector',
-           'about_detector', 'data_of', 'run_about', 'check_tile', 'check_port', 'has_display', 'ssh_line', 'evaluate',
-           'models', 'demo', 'doctor']
+           'about_detector', 'data_of', 'run_about', 'gives_maps', 'check_tile', 'check_port', 'has_display',
+           'ssh_line', 'evaluate', 'models', 'demo', 'doctor']
 
 # %% ../../nbs/90_cli/02_commands.ipynb #7e69c695
 import json
@@ -128,6 +128,15 @@ def run_about(kind: str, detector: Path, data: str | None) -> Path:
     config = known.get("config", {})
     model = config.get("model") or detector.stem
     return new_run(data=Path(data or own).stem, model=model, kind=kind)
+
+
+def gives_maps(
+    detector: Path,  # From `find_detector`
+) -> bool:
+    "Whether it gives a class to each pixel."
+    from neo_nb.deploy.segmenter import is_semantic
+
+    return is_semantic(detector)
 
 # %% ../../nbs/90_cli/02_commands.ipynb #a4d8c1b0
 def check_tile(

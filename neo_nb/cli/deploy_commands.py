@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ..base.core import InputError, check_choice
 from ..base.devices import Precision, check_device
 from ..base.extras import require
-from .commands import Result, data_of, find_detector, go_on, run_about, run_notebook
+from .commands import Result, data_of, find_detector, gives_maps, go_on, run_about, run_notebook
 
 FilePrecision = Literal["auto", "fp32", "fp16", "bf16", "int8"]
 AnyRule = Literal["auto", "minmax", "percentile", "mse", "entropy"]
@@ -47,22 +47,23 @@ def export(
     _check_kind(to, precision, given | {"calibration": calibration})
     _check_export(batch, min_score, split, calibration_split if precision == "int8" else None)
     check_device(device)
-    require(*{"tflite": ("ai-edge-litert",), "torch": ()}.get(to, ("onnx", "onnxscript")))
-    if to == "tensorrt":
-        _check_builder(target)
-    _check_processor(processor, to, precision)
+    _check_tools(to, target, precision, processor)
     path = find_detector(detector)
+    if gives_maps(path):
+        more = {"size": size, "batch": batch, "opset": opset, "device": device, "precision": precision}
+        return _export_maps(path, data_of(path, data, split), split, to, input, more)
     if to == "tensorrt" and path.suffix == ".onnx":
         return run_notebook("export_engine", run_about("export", path, data), {"detector": path, "target": target})
     data = data_of(path, data, split)
     own = small and _has_own_int8(path, to, size, calibration)
     run = run_about("export", path, data)
     common = {"detector": path, "size": size, "data": data, "split": split, "min_score": min_score}
+    more = {"batch": batch, "opset": opset}
     if not small:
-        kind = {"to": "torch" if to == "torch" else "onnx", "input": input, "precision": precision}
-        done = run_notebook("export", run, common | kind | {"batch": batch, "opset": opset, "device": device})
+        kind = {"to": "torch" if to == "torch" else "onnx", "input": input, "precision": precision, "device": device}
+        done = run_notebook("export", run, common | kind | more)
         return _engine(done, target, common) if to == "tensorrt" else done
-    more = {"batch": batch, "opset": opset, "calibration_split": calibration_split, "calibration": calibration}
+    more |= {"calibration_split": calibration_split, "calibration": calibration}
     if not own:
         return _worth(run_notebook("export_int8", run, common | more))
     return run_notebook("export_edge", run, common | more | {"to": to, "precision": precision, "processor": processor})
@@ -81,6 +82,25 @@ def _check_export(batch: str, min_score: float, split: str, calibration_split: s
         raise InputError(what, "--calibration-split", "take train, or a split of its own")
 
 # %% ../../nbs/90_cli/13_deploy_commands.ipynb #2e8e301b
+def _export_maps(path: Path, data: str | None, split: str, to: str, input: str, more: dict[str, Any]) -> Result:
+    "A model of maps as an ONNX file."
+    if to != "onnx" or more["precision"] not in ("fp32", "fp16") or input != "prepared":
+        what = (
+            f"maps are written as ONNX files for prepared images, in fp32 or fp16; not as {to} in {more['precision']}"
+        )
+        raise InputError(what, path, "leave --to and --input out; trtexec builds an engine of the ONNX file")
+    run = run_about("export", path, data)
+    return run_notebook("export_maps", run, {"detector": path, "data": data, "split": split} | more)
+
+
+def _check_tools(to: str, target: str, precision: str, processor: str | None) -> None:
+    "Raise `InputError` for what is not installed, or cannot be built here."
+    require(*{"tflite": ("ai-edge-litert",), "torch": ()}.get(to, ("onnx", "onnxscript")))
+    if to == "tensorrt":
+        _check_builder(target)
+    _check_processor(processor, to, precision)
+
+
 def _check_builder(target: str) -> None:
     "Raise `InputError` where no engine can be built for a target, before anything is trained or written."
     from neo_nb.deploy.tensorrt_build import capability_of, find_builder

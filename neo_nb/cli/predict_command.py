@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ..base.core import InputError
 from ..base.devices import Precision, check_device
 from ..base.extras import require
-from .commands import Result, about_detector, check_tile, find_detector, run_about
+from .commands import Result, about_detector, check_tile, find_detector, gives_maps, run_about
 
 # %% ../../nbs/90_cli/11_predict_command.ipynb #dda6fce0
 def predict(
@@ -44,9 +44,10 @@ def predict(
     _check_threshold(threshold)
     check_tile(tile, overlap)
     check_device(device)
-    if _gives_maps(path):
-        asked = {"threshold": threshold is not None, "classes": classes, "tile": tile, "format": format != "json"}
-        _check_for_maps(path, [name for name, given in (asked | {"video": film}).items() if given])
+    if gives_maps(path):
+        asked = {"threshold": threshold is not None, "classes": classes, "tile": tile, "overlap": overlap != 0.2}
+        asked |= {"format": format != "json", "image-seconds": image_seconds, "seconds": seconds}
+        _check_for_maps(path, film, asked)
         return _predict_maps(path, files, device, precision)
     if film:
         options = {"threshold": threshold, "classes": classes, "track": track, "image_seconds": image_seconds}
@@ -62,18 +63,12 @@ def predict(
     return Result(f"{text}\nimages/, predictions.json{f', {WRITTEN[format]}' * (format != 'json')}", found, run)
 
 # %% ../../nbs/90_cli/11_predict_command.ipynb #9ec08a32
-def _gives_maps(path: Path) -> bool:
-    "Whether it gives a class to each pixel, said without opening what cannot."
-    from neo_nb.deploy.segmenter import is_semantic
-
-    return is_semantic(path)
-
-
-def _check_for_maps(path: Path, asked: list[str]) -> None:
+def _check_for_maps(path: Path, film: str, asked: dict[str, Any]) -> None:
     "Raise `InputError` for what was asked of boxes."
-    if asked:
-        what = f"this model gives a map for each image and no boxes: there is no {asked[0]}"
-        raise InputError(what, path, "give images and a folder of them, without options for boxes")
+    given = [f"--{name}" for name, value in asked.items() if value] + ["a video"] * bool(film)
+    if given:
+        what = f"a model of maps does not take {' and '.join(given)}"
+        raise InputError(what, path, "give it images or folders of them, without options for boxes and videos")
 
 
 def _predict_maps(path: Path, files: list[Path], device: str, precision: Precision) -> Result:

@@ -95,6 +95,8 @@ def logo(
     resume: str | None = None,  # A run of this command to go on with
 ) -> Result:
     "From a first training to a release: larger input, tiles, mining, and what each is worth."
+    from neo_nb.models.contract import require_boxes
+    from neo_nb.models.zoo import task_of
     from neo_nb.recipes.small_objects import STEPS, choose_steps
     from neo_nb.runs.run import new_run
 
@@ -103,6 +105,7 @@ def logo(
         return _found(go_on("logo", resume))
     choose_steps(steps)
     check_device(device)
+    require_boxes(task_of(model), model, "tiles and mined errors")
     data = check_data(data, "train", "val", golden)
     if minutes <= 0 or not seeds:
         raise InputError(f"expected minutes > 0 and a seed or more, found {minutes} and {seeds}", "neo logo")

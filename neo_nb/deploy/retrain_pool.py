@@ -11,6 +11,7 @@ __all__ = ['RetrainPool']
 import hashlib
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastcore.basics import patch
 
 from ..base.core import InputError, atomic_write
 from ..base.detections import Detections
+from ..base.exchange import yolo_rows
 
 # %% ../../nbs/65_deploy/16_retrain_pool.ipynb #9ec5e7e9
 class RetrainPool:
@@ -70,11 +72,7 @@ def offer(
     why = self.reason(mark, detections, threshold)
     image = self.folder / "images" / f"{mark[:16]}{suffix}"
     found = detections.filter(threshold)
-    height, width = size
-    centre = (found.boxes_xyxy[:, :2] + found.boxes_xyxy[:, 2:]) / 2 / (width, height)
-    sides = (found.boxes_xyxy[:, 2:] - found.boxes_xyxy[:, :2]) / (width, height)
-    rows = np.concatenate([centre, sides], 1).clip(0, 1)
-    lines = [f"{label} " + " ".join(f"{x:.6f}" for x in row) for label, row in zip(found.labels, rows)]
+    lines = yolo_rows(replace(found, keypoints=None, skeleton=None), size, scores=False)
     about = {"file": image.name, "why": why, "threshold": threshold}
     about |= {"scores": [round(float(score), 4) for score in detections.scores[:50]]}
     text = json.dumps(about) + "\n"

@@ -23,6 +23,11 @@ TRAINED: dict[str, tuple[str, ...]] = {  # Test file → models that it trains
     "tests/test_task_families.py": ("rtdetr_nano_seg", "rtdetr_nano_pose", "rtmdet_ins_nano"),
     "tests/test_rtmdet.py": ("rtmdet_nano_relu",),
     "tests/test_semantic.py": ("segformer_nano",),
+    "tests/test_every_family.py": (
+        "conditional_detr_nano", "deformable_detr_nano", "dfine_nano", "rfdetr_tiny", "retinanet_nano", "fcos_nano",
+        "faster_rcnn_nano", "cascade_rcnn_nano", "mask_rcnn_nano", "keypoint_rcnn_nano", "ssdlite_nano",
+        "upernet_nano", "mask2former_nano",
+    ),
 }  # fmt: skip
 _THEIRS = {"batch_size": "batch", "lr": "learning_rate", "size": "imgsz", "num_workers": "workers"}
 

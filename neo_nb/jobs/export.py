@@ -94,7 +94,9 @@ def describe(
         "class_names": record["class_names"],
     }
     about |= {"num_classes": len(record["class_names"]), "created_at": now(), "export_config": dict(asked)}
-    about |= {"confidence_threshold": best if best > 0 else 0.3, "iou_threshold": record["config"].get("nms_iou")}
+    maps = record.get("task") == "semantic"
+    if not maps:
+        about |= {"confidence_threshold": best if best > 0 else 0.3, "iou_threshold": record["config"].get("nms_iou")}
     about["preprocessing"] = {
         "mean": contract["mean"],
         "std": contract["std"],
@@ -105,6 +107,11 @@ def describe(
     }
     about["postprocessing"] = {"apply_nms": False, "nms_method": "in the graph" if nms else "none"}
     about["postprocessing"]["coordinate_format"] = "xyxy"
+    if maps:
+        about["postprocessing"] = {
+            "classes": "of the frame's pixels, in the graph",
+            "logits": "at the network's stride",
+        }
     return about
 
 # %% ../../nbs/72_jobs/21_export.ipynb #c1c4d580
@@ -122,7 +129,8 @@ def _archive(job: Job, run: Path, path: Path) -> dict[str, Any]:  # metadata.jso
     )
     if (run / "model.onnx").is_file():
         about = describe(run / "model.onnx", order.export_format, asked)
-        texts |= {"runtime.py": runtime_source(), "runtime.hpp": cpp_runtime(about)}
+        maps = about["task_type"] == "semantic"
+        texts |= {"runtime.py": runtime_source(maps)} | ({} if maps else {"runtime.hpp": cpp_runtime(about)})
     else:
         told = json.loads((run / "export.json").read_text(encoding="utf-8"))
         about = {"framework": "neo_nb", "export_format": order.export_format, "task_type": order.task_type}
@@ -140,10 +148,10 @@ def _archive(job: Job, run: Path, path: Path) -> dict[str, Any]:  # metadata.jso
 def _export(job: Job) -> None:
     "Checkpoint, images that prove it, the export, the archive."
     order = job.order
-    if check_task(order) == "semantic":
-        raise InputError(
-            "models of maps are not exported", f"TASK_TYPE {order.task_type}", "predict with the checkpoint"
-        )
+    maps = check_task(order) == "semantic"
+    if maps and FORMATS.get(order.export_format.lower(), "onnx") != "onnx":
+        what = f"models of maps are written as ONNX files, not as {order.export_format}"
+        raise InputError(what, f"EXPORT_FORMAT {order.export_format}", "onnx")
     _words(order, "", Path())  # what makes no sense is said before anything is fetched
     place = result_place(job)
     job.reporter.started()
@@ -152,7 +160,7 @@ def _export(job: Job) -> None:
     check_checkpoint(order, checkpoint)
     job.stage = "Dataset"
     brought = bring_some(_order_of_data(job), job.folder / "data", PROOF)
-    manifest, counts = write_data(brought, job.folder, whole=True)
+    manifest, counts = write_data(brought, job.folder, whole=True, maps=maps)
     job.reporter.log(f"proven on {counts['val']} images of {brought.source.name}")
     words, notes = _words(order, checkpoint, manifest)
     for note in notes:

@@ -28,16 +28,19 @@ def read_json(path: Path) -> dict[str, Any]:  # Empty when there is none
 
 def export_section(run: Path, found: dict[str, Any]) -> Section:
     "What an export was held to, and how the file is used."
-    sides = {kind: row for kind, row in found.items() if isinstance(row, dict) and "AP" in row}
-    names = [n for n in ("AP", "AP50", "F1") if all(n in row for row in sides.values())]
+    sides = {kind: row for kind, row in found.items() if isinstance(row, dict) and {"AP", "mIoU"} & {*row}}
+    names = [n for n in ("AP", "AP50", "F1", "mIoU") if all(n in row for row in sides.values())]
     shown = ("file", "megabytes", "precision", "opset", "torch", "batch", "inputs", "outputs")
     verdict = found.get("verdict", "passed" if found["passed"] else "failed")
     mark, told = "good" if found["passed"] else "bad", found.get("told", "").partition(": ")[2]
     proof = Markup('<p><b class="{}">{}</b>{}</p>').format(mark, verdict, f": {told}" if told else "")
     rows = [[kind, *(f"{row[n]:.4f}" for n in names)] for kind, row in sides.items()]
-    use = f'from neo_nb.deploy import load_detector\n\nfound = load_detector("{run.name}/{found["file"]}")(["image.jpg"])'
-    use += f"\n\nneo predict {run.name}/{found['file']} FOLDER"
-    body = [numbers({"file, MB": found.get("megabytes", -1), "AP of torch and of the file differ by": f"{found['difference']:.4f}"}), proof,
+    file = f"{run.name}/{found['file']}"
+    use = f'from neo_nb.deploy import load_detector\n\nfound = load_detector("{file}")(["image.jpg"])'
+    if "mIoU" in names:  # an RGB array in, a map of its size out
+        use = f'from neo_nb.deploy import load_segmenter\n\nfound = load_segmenter("{file}").segment_images([image])'
+    use += f"\n\nneo predict {file} FOLDER"
+    body = [numbers({"file, MB": found.get("megabytes", -1), f"{names[0]} of torch and of the file differ by": f"{found['difference']:.4f}"}), proof,
             table(("runtime", *names), rows), facts({key: found[key] for key in shown if key in found}),
             Markup("<h3>To use it</h3><pre>{}</pre>").format(use)]  # fmt: skip
     return Section("Export", Markup("").join(body), "torch and the file on the same images")

@@ -66,7 +66,7 @@ def reference_config(
 class UperNetOutputs(SemanticOutputs):
     "`SemanticOutputs` with what the second head says."
 
-    auxiliary: Float[Tensor, "b c h w"] | None = field(default=None, kw_only=True)  # In training
+    auxiliary: Float[Tensor, "b c p q"] | None = field(default=None, kw_only=True)  # In training
 
 
 class UperNet(SemanticModel):

@@ -110,7 +110,7 @@ def convert(
     side = _TRAINED.get(name, own.positions * own.patch)
     return External(rename(tensors), class_names_of(config), name, own, (side, side))
 
-
+# %% ../../../nbs/40_models/17_transformers/08_rfdetr_convert.ipynb #1030e5d4
 def check_config(
     config: RFDETRConfig,
 ) -> None:
