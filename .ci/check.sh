@@ -35,4 +35,4 @@ step "chapters"
 python .ci/chapters.py
 
 step "tests"
-python -m pytest -ra -n 2 --dist loadfile --no-loadscope-reorder # else the long files, of few tests, come last
+python -m pytest -ra -n 2 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 15 # else the long files, of few tests, come last

@@ -148,7 +148,7 @@ def test_prediction_and_export_of_its_weights(platform, trained):
     fields = (
         "framework model_name export_format task_type input_shape input_dtype output_shape class_names num_classes"
     )
-    fields += " created_at export_config confidence_threshold iou_threshold preprocessing postprocessing"
+    fields += " outputs created_at export_config confidence_threshold iou_threshold preprocessing postprocessing"
     assert set(exported["metadata"]) == set(fields.split())
     archive.extractall(platform.folder / "export")
     assert exported["metadata"]["input_shape"][0] == 1
@@ -197,7 +197,12 @@ def test_the_second_contract_stops_a_job_and_keeps_what_there_is(platform):
 
 
 WRONG = {
-    "task": ("train", {"TASK_TYPE": "instance_segmentation"}, "[Config] TASK_TYPE instance_segmentation: no model", 1),
+    "task": (
+        "train",
+        {"TASK_TYPE": "instance_segmentation"},
+        "[Config] TASK_TYPE instance_segmentation: rtdetr-nano is for",
+        1,
+    ),
     "model": ("train", {"MODEL_NAME": "centernet-r18"}, "[Config] MODEL_NAME centernet-r18: this trainer", 1),
     "value": ("train", {"EPOCHS": "many"}, "[Config] EPOCHS: ", 1),
     "delay": ("train", {"CALLBACK_RETRY_DELAY": "0"}, "[Config] CALLBACK_RETRY_DELAY: input should be greater", 1),

@@ -86,5 +86,5 @@ def test_a_job_of_each_task_trains_predicts_and_exports(platform, task):
     [key] = platform.keys(f"exports/{number}/")
     with zipfile.ZipFile(io.BytesIO(platform.read(key))) as archive:
         about, runtime = json.loads(archive.read("metadata.json")), archive.read("runtime.py").decode()
-    assert about["task_type"] == task.split("_")[0].replace("instance", "segmentation") and "neo_nb" not in runtime
+    assert about["task_type"] == task and about["framework"] == "neo_nb" and "neo_nb" not in runtime
     assert ("class Segmenter" in runtime) == (task == "semantic_segmentation")

@@ -1,5 +1,6 @@
 """Models that find more than boxes, through every command: train, resume, evaluate, export, predict, warm start."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,19 @@ from command import neo as command
 from test_runs import QUIET, epochs
 from train_worker import stop_after_an_epoch
 
+from neo_nb.base.boxes import box_iou
 from neo_nb.base.core import InputError
 from neo_nb.base.keypoints import COCO_PERSON
 from neo_nb.base.masks import Masks
 from neo_nb.data.batch import Targets
 from neo_nb.data.coco import write_coco
-from neo_nb.data.loader import make_loader
+from neo_nb.data.loader import make_loader, read_image
 from neo_nb.data.manifest import load_dataset
 from neo_nb.deploy.detector import TorchDetector, load_detector
+from neo_nb.deploy.half import emulated_detector, to_half
+from neo_nb.deploy.image_input import to_image_input
+from neo_nb.deploy.onnx import export_onnx, prove
+from neo_nb.deploy.torch_package import export_package
 from neo_nb.models import create_model, load_model, load_weights, save_weights
 from neo_nb.models.contract import TASKS
 from neo_nb.models.zoo import task_of
@@ -114,6 +120,36 @@ def test_the_other_commands_take_the_run(trained):
         assert np.abs(one.keypoints - two.keypoints).max() < 0.05 and detector.skeleton == COCO_PERSON
     assert one.per_box == two.per_box == detector.nothing(3).per_box
     neo("predict", file, image, cwd=folder)
+
+
+def test_a_file_of_every_kind_finds_what_it_finds(trained, tmp_path):
+    name, folder, run = trained
+    model, _ = load_model(run / "weights/best.safetensors")
+    images = [read_image(path) for path in sorted((folder / "data/people/images").iterdir())[:2]]
+    images.append(np.ascontiguousarray(images[0][10:, :70]))  # of another shape: padded
+    file = export_onnx(model, tmp_path / "model.onnx", batch=1)
+    expected = TorchDetector(model).detect_images(images)
+    least = float(np.sort(expected.scores)[-12]) - 1e-4
+    kinds = {"fp16": emulated_detector(to_half(file, tmp_path / "half.onnx"))}
+    kinds["image"] = load_detector(to_image_input(file, tmp_path / "image.onnx"))
+    kinds["package"] = load_detector(export_package(model, tmp_path / "model.pt2"))
+    if importlib.util.find_spec("openvino"):
+        kinds["openvino"] = load_detector(file, runtime="openvino")
+    for kind, detector in kinds.items():
+        found = detector.detect_images(images)
+        proof = prove(expected, found, "fp16" if kind == "fp16" else "fp32", least)
+        assert proof["agreement"] > 0.8 and proof["detections"] > 9, (kind, proof)
+        assert found.per_box == expected.per_box and detector.task == model.task
+        for row in range(3):  # the surest of each
+            one, two = (side.for_image(row).filter(least) for side in (expected, found))
+            overlap = box_iou(one.boxes_xyxy, two.boxes_xyxy)
+            for mine, other in zip(*np.nonzero(overlap > 0.99)):
+                same = one.labels[mine] == two.labels[other] and abs(one.scores[mine] - two.scores[other]) < 1e-3
+                if same and model.task == "segmentation":
+                    parts = one.masks.decode(mine), two.masks.decode(int(other))
+                    assert (parts[0] != parts[1]).sum() <= 2 + 0.05 * parts[0].sum(), (kind, row, mine)
+                elif same:
+                    assert np.abs(one.keypoints[mine] - two.keypoints[other])[:, :2].max() < 1.0, (kind, row, mine)
 
 
 def test_data_without_what_it_learns_is_refused(folder):

@@ -97,6 +97,7 @@ def test_a_full_disk_keeps_what_was_done(tmp_path):
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("a small tmpfs can be mounted by root only")
+    before = threading.active_count()
     try:
         detector = Sleeper(opinionated("rtdetr_nano"), (90, 160))
         detector.pause = 0
@@ -114,7 +115,7 @@ def test_a_full_disk_keeps_what_was_done(tmp_path):
             assert len(list(VideoReader(disk / "out/video.part.mp4"))) > 0
     finally:
         subprocess.run(["umount", "-l", disk], check=False)
-    assert threading.active_count() < 20
+    assert threading.active_count() < before + 12  # ONNX Runtime's and OpenCV's, none for each of the frames
 
 
 def test_from_the_shell_a_video_becomes_a_run_and_ctrl_c_ends_it_well(tmp_path):

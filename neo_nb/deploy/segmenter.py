@@ -34,7 +34,7 @@ from .detector import choose_workers
 from ..evaluate.semantic_metrics import SemanticCounts
 from ..models.checkpoint_files import resolve_weights
 from ..models.contract import Preprocessing, check_task
-from ..models.hub import from_pretrained
+from ..models.hub import WEIGHTS, fetch_model, from_pretrained, is_ours
 from ..models.semantic.model import SemanticModel
 from ..models.weights import load_model, model_record, read_external, read_record
 from ..models.zoo import task_of
@@ -172,10 +172,11 @@ def is_semantic(
     kind, file = resolve_weights(find_detector(path))
     if kind == "onnx":
         return import_module("neo_nb.deploy.onnx_maps").is_semantic_file(file)
+    if kind == "hub":
+        folder = Path(file) if Path(file).exists() else fetch_model(str(file))
+        kind, file = ("ours", folder / WEIGHTS) if is_ours(folder) else ("external", folder)
     if kind == "ours":
         return read_record(file).get("task") == "semantic"
-    if kind == "hub":
-        return from_pretrained(file)[0].task == "semantic"
     return kind == "external" and task_of(read_external(file).variant) == "semantic"
 
 

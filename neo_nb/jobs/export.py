@@ -130,6 +130,7 @@ def _archive(job: Job, run: Path, path: Path) -> dict[str, Any]:  # metadata.jso
     if (run / "model.onnx").is_file():
         about = describe(run / "model.onnx", order.export_format, asked)
         maps = about["task_type"] == "semantic"
+        about |= {"task_type": order.task_type}
         texts |= {"runtime.py": runtime_source(maps)} | ({} if maps else {"runtime.hpp": cpp_runtime(about)})
     else:
         told = json.loads((run / "export.json").read_text(encoding="utf-8"))

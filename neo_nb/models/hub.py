@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'CONFIG', 'CARD', 'YOURS', 'class_table', 'input_table', 'metrics_table', 'check_metrics', 'model_card',
-           'is_ours', 'save_pretrained', 'from_pretrained', 'hub_errors', 'push_to_hub']
+           'is_ours', 'save_pretrained', 'from_pretrained', 'fetch_model', 'hub_errors', 'push_to_hub']
 
 # %% ../../nbs/40_models/23_hub.ipynb #e72bced0
 import contextlib
@@ -194,7 +194,7 @@ def from_pretrained(
     "Load what `save_pretrained` or `push_to_hub` wrote, or a published RT-DETR."
     folder = Path(name_or_folder)
     if not folder.exists():
-        folder = _fetch(str(name_or_folder), revision, token, endpoint)
+        folder = fetch_model(str(name_or_folder), revision, token, endpoint)
     elif revision is not None:
         raise InputError(f"a folder has no revision {revision!r}", folder, "leave it out, or name a repository")
     if not is_ours(folder):
@@ -208,7 +208,13 @@ def from_pretrained(
     return load_model(folder / WEIGHTS, class_names, device)
 
 
-def _fetch(name: str, revision: str | None, token: str | None, endpoint: str | None) -> Path:
+def fetch_model(
+    name: str,  # owner/name
+    revision: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> Path:  # A folder of the hub's cache
+    "The files of a repository, brought once. Raises `InputError` where they cannot be had."
     from huggingface_hub import snapshot_download
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
