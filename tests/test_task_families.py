@@ -146,7 +146,7 @@ def test_a_file_of_every_kind_finds_what_it_finds(trained, tmp_path):
             for mine, other in zip(*np.nonzero(overlap > 0.99)):
                 same = one.labels[mine] == two.labels[other] and abs(one.scores[mine] - two.scores[other]) < 1e-3
                 if same and model.task == "segmentation":
-                    parts = one.masks.decode(mine), two.masks.decode(int(other))
+                    parts = one.masks.decode(int(mine)), two.masks.decode(int(other))
                     assert (parts[0] != parts[1]).sum() <= 2 + 0.05 * parts[0].sum(), (kind, row, mine)
                 elif same:
                     assert np.abs(one.keypoints[mine] - two.keypoints[other])[:, :2].max() < 1.0, (kind, row, mine)

@@ -144,7 +144,7 @@ def maps_of_masks(
                 crowd = table.iscrowd[start + place]
                 classes[own.decode(place)] = IGNORE if crowd else table.labels[start + place] + 1
         for x1, y1, x2, y2 in table.boxes_xyxy[start:end][~own.present]:  # nobody knows which pixels
-            place = classes[int(y1) : int(np.ceil(y2)), int(x1) : int(np.ceil(x2))]
+            place = classes[max(0, int(y1)) : int(np.ceil(y2)), max(0, int(x1)) : int(np.ceil(x2))]
             place[place == 0] = IGNORE
         write_map(classes, folder / PurePosixPath(name).with_suffix(".png"))
     return attach_maps(table, folder, (background, *table.class_names), required=True)

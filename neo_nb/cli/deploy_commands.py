@@ -51,7 +51,7 @@ def export(
     path = find_detector(detector)
     if gives_maps(path):
         more = {"size": size, "batch": batch, "opset": opset, "device": device, "precision": precision}
-        return _export_maps(path, data_of(path, data, split), split, to, input, more)
+        return _export_maps(path, data_of(path, data, split), split, given | {"to": to, "min_score": min_score}, more)
     if to == "tensorrt" and path.suffix == ".onnx":
         return run_notebook("export_engine", run_about("export", path, data), {"detector": path, "target": target})
     data = data_of(path, data, split)
@@ -82,13 +82,14 @@ def _check_export(batch: str, min_score: float, split: str, calibration_split: s
         raise InputError(what, "--calibration-split", "take train, or a split of its own")
 
 # %% ../../nbs/90_cli/13_deploy_commands.ipynb #2e8e301b
-def _export_maps(path: Path, data: str | None, split: str, to: str, input: str, more: dict[str, Any]) -> Result:
+def _export_maps(path: Path, data: str | None, split: str, asked: dict[str, Any], more: dict[str, Any]) -> Result:
     "A model of maps as an ONNX file."
-    if to != "onnx" or more["precision"] not in ("fp32", "fp16") or input != "prepared":
-        what = (
-            f"maps are written as ONNX files for prepared images, in fp32 or fp16; not as {to} in {more['precision']}"
-        )
-        raise InputError(what, path, "leave --to and --input out; trtexec builds an engine of the ONNX file")
+    usual = {"to": "onnx", "input": "prepared", "min_score": 0.05}
+    wrong = [f"--{key.replace('_', '-')}" for key, value in usual.items() if asked[key] != value]
+    wrong += ["--precision"] * (more["precision"] not in ("fp32", "fp16"))
+    if wrong:
+        what = "maps are written as ONNX files for prepared images, in fp32 or fp16"
+        raise InputError(what, path, f"leave {' and '.join(wrong)} out; trtexec builds an engine of the ONNX file")
     run = run_about("export", path, data)
     return run_notebook("export_maps", run, {"detector": path, "data": data, "split": split} | more)
 

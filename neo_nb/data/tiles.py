@@ -129,16 +129,18 @@ def tile_table(
         raise InputError("no image to cut", annotations.name or None)
     columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     image, window = np.concatenate(images), np.concatenate(windows)
-    chosen = _choose(annotations, columns, len(window), empty, oversample_small, seed)
+    chosen = _choose(annotations, columns, image, empty, oversample_small, seed)
     return _table(annotations, columns, image, window, *chosen)
 
 # %% ../../nbs/20_data/19_tiles.ipynb #e0d5d0eb
 def _choose(
-    annotations: Annotations, columns: dict, tiles: int, empty: float, oversample_small: int, seed: int
+    annotations: Annotations, columns: dict, image: np.ndarray, empty: float, oversample_small: int, seed: int
 ) -> tuple[np.ndarray, int, int]:
     "Rows of tiles, repeats included; how many empty ones are left out; how many rows are repeats."
-    real = ~columns["ignore"]
+    real, tiles = ~columns["ignore"], len(image)
     has = np.bincount(columns["tile"][real], minlength=tiles) > 0
+    if annotations.semantic_files is not None:  # each of its pixels is of a class
+        has |= annotations.semantic_files[image] != ""
     bare = np.flatnonzero(~has)
     take = min(len(bare), int(np.ceil(empty * has.sum()))) if has.any() else min(len(bare), 1)
     kept = np.random.default_rng(seed).choice(bare, take, replace=False) if len(bare) else bare
@@ -356,7 +358,7 @@ def save_tiled(
     classes = list(next(iter(tables.values())).class_names)
     made = Manifest(
         name=name, title=title, format="coco", root=name, licence=manifest.licence, classes=classes, splits=splits,
-        labelled_by=manifest.labelled_by, map_classes=list(next(iter(tables.values())).semantic_names),
+        labelled_by=manifest.labelled_by, map_classes=next((list(t.semantic_names) for t in tables.values() if t.semantic_names), []),
     )  # fmt: skip
     heavy = {split: weights for split, weights in drawn.items() if (weights != 1).any()}
     mined = {"mined": _keep_weights(made, manifest, heavy, Path(target))} if heavy else {}

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..base.core import InputError, atomic_write
 from ..base.geometry import Resize, pad_to
+from .detector import refuse_maps
 from .half import read_onnx
 from .onnx_detector import IMAGE
 from ..models.weights import read_preprocessing
@@ -216,6 +217,7 @@ def to_image_input(
     import onnx
 
     proto, record, _ = read_onnx(Path(path))
+    refuse_maps(record, path)
     if record.get("input") == IMAGE:
         raise InputError("the file takes an image already", path, "take the one that it was made from")
     contract = read_preprocessing(record, path)

@@ -355,7 +355,7 @@ def settle(
     if file.suffixes[-2:-1] != [".unproven"]:
         raise InputError(f"a file that is to be proven ends in {UNPROVEN} or the like", file)
     if verdict != VERDICTS[0]:
-        remedy = "prove it on images with objects (data, split), with a lower min_score, or train longer"
+        remedy = "prove it on images with objects (data, split; of boxes, a lower min_score), or train longer"
         if verdict == VERDICTS[1]:
             remedy = "look at the images named; do not deploy it; report it with the model, the size and this message"
         raise NotProven(f"{told}; the file is kept as {file}; what to do: {remedy}")

@@ -19,7 +19,7 @@ from ..base.core import InputError
 from ..base.extras import require
 from ..base.geometry import pad_to
 from ..data.batch import Batch
-from .detector import INPUTS, Detector, in_steps, outputs_of
+from .detector import INPUTS, Detector, in_steps, outputs_of, refuse_maps
 from ..models.weights import read_preprocessing
 
 # %% ../../nbs/65_deploy/26_openvino_detector.ipynb #2dbfeab2
@@ -101,6 +101,8 @@ def _record_of(compiled: Any, path: str | Path) -> dict:
         record = json.loads(model.get_rt_info(place).value) if model.has_rt_info(place) else None
     except ValueError:
         record = None
+    if isinstance(record, dict):
+        refuse_maps(record, path)
     if not isinstance(record, dict) or names != (INPUTS, outputs_of(record)):
         what = f"an ONNX file, but without our record (inputs {', '.join(names[0])}; outputs {', '.join(names[1])})"
         raise InputError(what, path, "export it with export_onnx, which stores classes and input size")

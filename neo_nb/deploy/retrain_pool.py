@@ -67,10 +67,12 @@ def offer(
     detections: Detections,  # Of this image, with the low scores
     threshold: float,  # From which a box counts
 ) -> str:  # uncertain, random, or empty: not kept
-    "Keep an image that is worth it, while there is room."
+    "Keep an image that is worth it, while there is room; of keypoints, their boxes."
     mark = hashlib.sha256(data).hexdigest()
     why = self.reason(mark, detections, threshold)
     image = self.folder / "images" / f"{mark[:16]}{suffix}"
+    if not why or image.exists():
+        return ""
     found = detections.filter(threshold)
     lines = yolo_rows(replace(found, keypoints=None, skeleton=None), size, scores=False)
     about = {"file": image.name, "why": why, "threshold": threshold}
@@ -78,7 +80,7 @@ def offer(
     text = json.dumps(about) + "\n"
     with self.lock:
         needed = len(data) + len("\n".join(lines)) + len(text)
-        if not why or image.exists() or self.used + needed > self.quota:
+        if image.exists() or self.used + needed > self.quota:
             return ""
         with atomic_write(self.folder / "labels" / f"{image.stem}.txt") as path:
             path.write_text("\n".join(lines), encoding="utf-8")

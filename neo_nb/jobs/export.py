@@ -64,12 +64,13 @@ def _words(order: Order, checkpoint: str, data: Path) -> tuple[list[str], list[s
         batch = "dynamic" if basic.dynamic else str(basic.input_shape[0]) if basic.input_shape else "1"
         words += ["--batch", batch] + (["--opset", str(basic.opset_version)] if basic.opset_version else [])
     words += ["--precision", "fp16"] if basic.half else []
-    words += ["--min-score", str(order.advanced["min_score"])] if "min_score" in order.advanced else []
+    known = {"min_score"} - ({"min_score"} if check_task(order) == "semantic" else set())
+    words += [word for key in known & {*order.advanced} for word in ("--min-score", str(order.advanced[key]))]
     heeded = {"imgsz", "input_shape", "half", "split_config"} | (
         {"opset_version", "dynamic"} if kind != "tflite" else set()
     )
     heeded -= {"imgsz"} if basic.input_shape else set()
-    unknown = (f"advanced.{key}" for key in order.advanced if key != "min_score")
+    unknown = (f"advanced.{key}" for key in order.advanced if key not in known)
     return words, without_effect(order, heeded, unknown)
 
 # %% ../../nbs/72_jobs/21_export.ipynb #508cf07e

@@ -82,13 +82,17 @@ def label_lines(
     size: tuple[int, int],  # (height, width)
     scores: bool,  # Also the score of each box
 ) -> str:
-    "The boxes of an image, a line each: class, centre, width and height as shares, score."
+    "The objects of an image, a line each: class, box or outline, keypoints, score, as `yolo_row` has them."
+    from neo_nb.base.exchange import yolo_row  # late: drawing comes with it
+    from neo_nb.base.masks import Masks
+
     lines = []
     for found in image["predictions"]:
-        x1, y1, x2, y2 = found["bbox"]
-        numbers = ((x1 + x2) / 2 / size[1], (y1 + y2) / 2 / size[0], (x2 - x1) / size[1], (y2 - y1) / size[0])
-        words = [str(found["class_id"]), *(f"{number:.6f}" for number in numbers)]
-        lines.append(" ".join(words + [f"{found['confidence']:.4f}"] * scores))
+        mask = (
+            Masks.from_coco([found["segmentation"]], np.array([size], np.int32)) if found.get("segmentation") else None
+        )
+        score = found["confidence"] if scores else None
+        lines.append(yolo_row(found["class_id"], found["bbox"], size, mask, found.get("keypoints"), score))
     return "".join(f"{line}\n" for line in lines)
 
 # %% ../../nbs/72_jobs/19_predict.ipynb #48c4fa92

@@ -41,6 +41,11 @@ class SemanticModel(DetectionModel):
     losses = ("ce",)
     main_terms = ("ce",)
 
+    def __init__(self, num_classes: int, *about: Any, **more: Any):
+        if num_classes > IGNORE:
+            raise InputError(f"{num_classes} classes: a map holds {IGNORE} at most", None, "merge some of them")
+        super().__init__(num_classes, *about, **more)
+
     @property
     def max_dets(self) -> int:
         "It finds no boxes."
