@@ -20,6 +20,7 @@ from neo_nb.train.trainer import train
 
 SIZE = (96, 160)
 NAMES = TRAINED["tests/test_every_family.py"]
+ANY_BATCH = ("conditional", "deformable", "dfine", "rfdetr", "fcos")  # The others' graphs fix the number of images
 SCORE = {"detection": "AP", "segmentation": "AP", "pose": "AP", "semantic": "mIoU"}
 
 
@@ -64,12 +65,11 @@ def test_it_learns_is_measured_resumes_to_the_bit_and_is_exported(name, tables, 
         maps = [one.segment_images(images) for one in (TorchSegmenter(model), load_segmenter(file))]
         assert min((one == other).mean() for one, other in zip(*maps)) > 0.999
         return
-    file = export_onnx(model, tmp_path / "model.onnx", batch=1 if "rcnn" in name else "dynamic")
+    file = export_onnx(model, tmp_path / "model.onnx", batch="dynamic" if name.startswith(ANY_BATCH) else 1)
     found = [detector.detect_images(images) for detector in (TorchDetector(model), OnnxDetector(file))]
     told = compare(*found, min_score=float(np.sort(found[0].scores)[-10]) - 1e-4)
     assert told["detections"] > 9 and told["score_difference"] < 1e-4 and told["box_difference"] < 0.05, told
-    scores = [
-        [np.sort(side.for_image(row).scores) for row in range(3)] for side in found
-    ]  # of ties the last bit decides
+    # of ties the last bit decides which stay
+    scores = [[np.sort(side.for_image(row).scores)[-10:] for row in range(3)] for side in found]
     assert told["agreement"] > 0.8 and all(np.abs(a - b).max() < 1e-4 for a, b in zip(*scores)), told
     assert found[0].per_box == found[1].per_box

@@ -139,8 +139,8 @@ def _choose(
     "Rows of tiles, repeats included; how many empty ones are left out; how many rows are repeats."
     real, tiles = ~columns["ignore"], len(image)
     has = np.bincount(columns["tile"][real], minlength=tiles) > 0
-    if annotations.semantic_files is not None:  # each of its pixels is of a class
-        has |= annotations.semantic_files[image] != ""
+    if annotations.semantic_files is not None and not has.any():  # maps alone
+        has = annotations.semantic_files[image] != ""
     bare = np.flatnonzero(~has)
     take = min(len(bare), int(np.ceil(empty * has.sum()))) if has.any() else min(len(bare), 1)
     kept = np.random.default_rng(seed).choice(bare, take, replace=False) if len(bare) else bare
