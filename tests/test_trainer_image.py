@@ -140,7 +140,9 @@ def test_the_readme_names_every_variable():
 def test_validated_are_the_models_that_tests_train():
     for file, models in TRAINED.items():
         text = (ROOT / file).read_text()
-        assert {*models} <= {*list_models()} and not [name for name in models if f'"{name}"' not in text], file
+        read = f'TRAINED["{file}"]' in text  # the test goes through the list itself
+        assert {*models} <= {*list_models()}
+        assert read or not [name for name in models if f'"{name}"' not in text], file
     from test_families import WALKED
 
     assert {*TRAINED["tests/test_families.py"]} == {*WALKED}, "a model that every command is walked with is validated"

@@ -88,9 +88,7 @@ def label_lines(
 
     lines = []
     for found in image["predictions"]:
-        mask = (
-            Masks.from_coco([found["segmentation"]], np.array([size], np.int32)) if found.get("segmentation") else None
-        )
+        mask = Masks.from_coco([found["segmentation"]], [tuple(size)]) if found.get("segmentation") else None
         score = found["confidence"] if scores else None
         lines.append(yolo_row(found["class_id"], found["bbox"], size, mask, found.get("keypoints"), score))
     return "".join(f"{line}\n" for line in lines)
