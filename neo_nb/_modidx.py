@@ -197,6 +197,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'neo_nb/base/keypoints.py'),
                                        'neo_nb.base.keypoints.Skeleton.to_dict': ( '00_base/keypoints.html#skeleton.to_dict',
                                                                                    'neo_nb/base/keypoints.py'),
+                                       'neo_nb.base.keypoints.check_count': ( '00_base/keypoints.html#check_count',
+                                                                              'neo_nb/base/keypoints.py'),
                                        'neo_nb.base.keypoints.check_keypoints': ( '00_base/keypoints.html#check_keypoints',
                                                                                   'neo_nb/base/keypoints.py'),
                                        'neo_nb.base.keypoints.concat_keypoints': ( '00_base/keypoints.html#concat_keypoints',

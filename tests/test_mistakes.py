@@ -48,7 +48,7 @@ LATER = {  # Torch has to say, or comes along
     "train --data scenes --model rtdetr_nano --loss focal": "loss",
     "export weights.safetensors --batch many": "'many'",
     "predict weights.safetensors photos --threshold 30": "a threshold is in 0..1, found 30",
-    "predict weights.safetensors video.mp4": "not a whole safetensors file",
+    "predict weights.safetensors video.mp4": "video.mp4",
     "predict weights.safetensors none.mp4": "none.mp4: no such video",
     "predict weights.safetensors video.mp4 photos": "one video at a time",
     "benchmark weights.safetensors --batches 0": "are above 0",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from neo_nb.data.batch import Targets
 from neo_nb.deploy.detector import TorchDetector, load_detector
+from neo_nb.deploy.onnx import VERDICTS, export_onnx, verify_onnx
 from neo_nb.models import create_model, load_weights
 from neo_nb.models.zoo import family_of
 
@@ -59,6 +60,17 @@ def test_the_loss_falls(learned):
     model, told = learned
     assert np.isfinite(told).all()
     assert np.mean(told[-5:]) < 0.7 * np.mean(told[:5]), told
+
+
+def test_an_onnx_file_detects_what_the_model_detects(learned, tmp_path):
+    model, _ = learned
+    path = export_onnx(model, tmp_path / "x.onnx", batch="dynamic")
+    photos = [image.permute(1, 2, 0).numpy() for image in drawn()[0][1:4]]
+    photos.append(np.ascontiguousarray(photos[0][:40]))  # of another shape: padded
+    scores = TorchDetector(model).detect_images(photos).scores
+    least = float(np.sort(scores)[-12]) - 1e-4  # what it is sure of: the rest are ties that the last bit decides
+    told = verify_onnx(path, model, photos, min_score=least, repeats=1)
+    assert told["verdict"] == VERDICTS[0] and told["detections"] > 9, told
 
 
 def test_a_folder_that_transformers_saved_opens_and_goes_on(learned, tmp_path):

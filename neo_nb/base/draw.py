@@ -171,11 +171,11 @@ def draw_detections(
     origin: tuple[float, float] = (0, 0),  # (x, y) of its corner in pixels of the boxes, for a part of an image
     thick: int | None = None,  # As in `draw_boxes`
 ) -> np.ndarray:
-    "Draw what is there and what was said."
+    "Draw what is there and what was said; of what is there, no more than was asked for: masks for masks."
     shift = np.tile(np.asarray(origin, np.float32), 2)
     if truth is not None:
         boxes = (truth.boxes_xyxy - shift) * scale
-        image = _draw_more(image, truth, TRUTH, scale, origin)
+        image = _draw_more(image, truth, TRUTH, scale, origin, detections)
         image = draw_boxes(image, boxes, truth.labels, class_names, None, TRUTH, truth.iscrowd, thick)
     if detections is not None:
         some = detections.filter(threshold)
@@ -186,12 +186,13 @@ def draw_detections(
 
 # %% ../../nbs/00_base/08_draw.ipynb #3fa9c67e
 def _draw_more(
-    image: np.ndarray, rows: ImageAnnotations | Detections, ink: Colour, scale: float, origin: tuple[float, float]
-) -> np.ndarray:
-    "Masks and keypoints, where the rows have them."
-    if rows.masks is not None:
+    image: np.ndarray, rows: ImageAnnotations | Detections, ink: Colour, scale: float, origin: tuple[float, float],
+    like: Detections | None = None,
+) -> np.ndarray:  # fmt: skip
+    "Masks and keypoints, where the rows have them, and the others too where there are any."
+    if rows.masks is not None and (like is None or like.masks is not None):
         image = draw_masks(image, rows.masks, ink, scale, origin)
-    if rows.keypoints is not None:
+    if rows.keypoints is not None and (like is None or like.keypoints is not None):
         at = (rows.keypoints - np.float32([*origin, 0])) * np.float32([scale, scale, 1])
         scored = isinstance(rows, Detections)
         skeleton = rows.skeleton or Skeleton([str(i) for i in range(at.shape[1])])

@@ -90,7 +90,7 @@ def _predict_maps(path: Path, files: list[Path], device: str, precision: Precisi
 # %% ../../nbs/90_cli/11_predict_command.ipynb #1ba058d0
 def _film(images: tuple[str, ...], track: bool) -> str:
     "The video that was given; empty for images."
-    from neo_nb.data.video import is_live, is_video
+    from neo_nb.data.video import VideoReader, is_live, is_video
 
     films = [name for name in images if is_video(name)]
     if films and len(images) > 1:
@@ -100,6 +100,10 @@ def _film(images: tuple[str, ...], track: bool) -> str:
     film = films[0] if films else ""
     if film and not is_live(film) and "://" not in film and not Path(film).is_file():
         raise InputError("no such video", film)
+    if film:
+        require("av")
+    if film and not is_live(film):
+        VideoReader(film).close()  # before the detector, which takes longer
     return film
 
 
@@ -134,18 +138,15 @@ def _predict_video(
     precision: Precision,
 ) -> Result:
     "A video as a run; bad input leaves none."
-    from neo_nb.data.video import VideoReader, is_live, public
+    from neo_nb.data.video import public
     from neo_nb.deploy.detector import load_detector
     from neo_nb.deploy.tiled import TiledDetector
     from neo_nb.deploy.tracking import check_tracker
     from neo_nb.deploy.video_predict import VideoPredictor, predict_video
     from neo_nb.runs.predict import record_video
 
-    require("av")
     if options["track"]:
         check_tracker()
-    if not is_live(source):
-        VideoReader(source).close()  # before the detector, which takes longer
     opened = load_detector(path, device, precision=precision)
     opened = TiledDetector(opened, tile, overlap) if tile else opened
     batch = 8 if opened.device.type == "cuda" else 1

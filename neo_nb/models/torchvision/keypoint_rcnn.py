@@ -18,8 +18,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from ...base.core import InputError
-from ...base.keypoints import COCO_PERSON, Skeleton
+from ...base.keypoints import COCO_PERSON, Skeleton, check_count
 from ...data.batch import Targets
 from ..contract import extended
 from ..external import External, Family
@@ -78,10 +77,7 @@ class KeypointRCNN(FasterRCNN):
         config: KeypointRCNNConfig = KeypointRCNNConfig(),
         skeleton: Skeleton = COCO_PERSON,  # What the keypoints are
     ):
-        if config.keypoints not in (None, len(skeleton)):
-            what = f"keypoints = {config.keypoints}, but the skeleton has {len(skeleton)}"
-            raise InputError(what, remedy="leave keypoints out: the annotations say how many there are")
-        config = replace(config, keypoints=len(skeleton))
+        config = replace(config, keypoints=check_count(config.keypoints, skeleton))
         super().__init__(num_classes, config)
         self.poses = KeypointHead(config)
         self.parts = (*self.parts, "poses")
