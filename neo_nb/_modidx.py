@@ -1361,6 +1361,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'neo_nb/deploy/onnx.py'),
                                     'neo_nb.deploy.onnx.NotProven': ('65_deploy/onnx.html#notproven', 'neo_nb/deploy/onnx.py'),
                                     'neo_nb.deploy.onnx._as_17': ('65_deploy/onnx.html#_as_17', 'neo_nb/deploy/onnx.py'),
+                                    'neo_nb.deploy.onnx._drop_nan_guards': ( '65_deploy/onnx.html#_drop_nan_guards',
+                                                                             'neo_nb/deploy/onnx.py'),
                                     'neo_nb.deploy.onnx._milliseconds': ('65_deploy/onnx.html#_milliseconds', 'neo_nb/deploy/onnx.py'),
                                     'neo_nb.deploy.onnx._odd': ('65_deploy/onnx.html#_odd', 'neo_nb/deploy/onnx.py'),
                                     'neo_nb.deploy.onnx._pairs': ('65_deploy/onnx.html#_pairs', 'neo_nb/deploy/onnx.py'),

@@ -141,6 +141,7 @@ def trace_onnx(
             verbose=False,
         )
     proto = program.model_proto
+    _drop_nan_guards(proto)
     first = proto.graph.input[0].type.tensor_type.shape.dim[0]
     if dynamic and not first.dim_param:
         raise InputError(f"the exporter fixed the batch at {first.dim_value}", None, "export with batch=1")
@@ -173,6 +174,22 @@ def write_onnx(
     with atomic_write(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
     return path
+
+# %% ../../nbs/65_deploy/05_onnx.ipynb #1308b6a8
+def _drop_nan_guards(proto) -> None:
+    "Softmax → IsNaN → Where as the softmax alone."
+    made = {name: node for node in proto.graph.node for name in node.output}
+    kind = {name: node.op_type for name, node in made.items()}
+    guards = [
+        node for node in proto.graph.node
+        if node.op_type == "Where" and kind.get(node.input[0]) == "IsNaN" and kind.get(node.input[2]) == "Softmax"
+        and made[node.input[0]].input[0] == node.input[2]
+    ]  # fmt: skip
+    instead = {node.output[0]: node.input[2] for node in guards}
+    for node in (*(made[guard.input[0]] for guard in guards), *guards):
+        proto.graph.node.remove(node)
+    for node in proto.graph.node:
+        node.input[:] = [instead.get(name, name) for name in node.input]
 
 # %% ../../nbs/65_deploy/05_onnx.ipynb #63fd9ecb
 def _as_17(proto) -> None:
